@@ -1,6 +1,7 @@
 """Facts of a checkpoint that ``config.json`` does not state, or states wrongly."""
 
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -10,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from jmoe.checkpoint.checkpoint import CHUNK, Checkpoint
 from jmoe.checkpoint.converted.manifest import is_converted, read_manifest
-from jmoe.checkpoint.hf_reader import CHUNK, Checkpoint
 from jmoe.checkpoint.quantised.formats import StoredParam
 from jmoe.checkpoint.safetensors_file import DTYPES, TensorInfo
-from jmoe.checkpoint.source import source_of
+from jmoe.checkpoint.source import Source, source_of
 from jmoe.config.model import ModelConfig
 from jmoe.config.reading import named, unique_json
 from jmoe.config.units import brief
@@ -28,7 +29,7 @@ COMPUTED = {"float16": "float32"}
 PRODUCT = re.compile(r"\.(\w+_proj|gate_up_E?2FD|down_E?DF)$")  # at the end of a parameter's path
 
 
-def own_dtype(directory: Path, hf: Mapping[str, Any]) -> Any:
+def own_dtype(source: Source, hf: Mapping[str, Any]) -> Any:
     """Returns the dtype in which a model is computed by its own files: ``config.json`` states it, or the text
     model's config in that file; if neither does, it is the dtype of most of the tensors' bytes."""
     text = hf.get("text_config")
@@ -37,9 +38,8 @@ def own_dtype(directory: Path, hf: Mapping[str, Any]) -> Any:
             if config.get(name) is not None:
                 stated = config[name]
                 return COMPUTED.get(stated, stated) if isinstance(stated, str) else stated
-    if is_converted(directory):
-        return read_manifest(directory).dtype
-    source = source_of(directory)
+    if is_converted(source.path):
+        return read_manifest(source.path).dtype
     if not source.has_weights():
         return "float32"
     with source.open() as checkpoint:
@@ -89,8 +89,8 @@ def with_own_head(checkpoint: Checkpoint, cfg: ModelConfig) -> ModelConfig:
     if tensors[embed].shape == tensors[head].shape and _are_equal(checkpoint, embed, head, cfg.dtype):
         return cfg
     log.warning(
-        "%s: config.json ties the head to the embedding, but %r is another matrix: it is read as the head",
-        checkpoint.directory, head,
+        "%s: %s ties the head to the embedding, but %r is another matrix: it is read as the head",
+        checkpoint.directory, checkpoint.sizes_source, head,
     )  # fmt: skip
     return replace(cfg, tie_word_embeddings=False)
 
@@ -105,6 +105,39 @@ def embedding_names(checkpoint: Checkpoint, cfg: ModelConfig) -> tuple[str, str]
         if all(paths.values()):
             break
     return paths["embed"], paths["lm_head"]
+
+
+def listed(checkpoint: Checkpoint, cfg: ModelConfig) -> list[StoredParam]:
+    """Returns every tensor of the model; raises ValueError unless the checkpoint has exactly these.
+
+    Some extra tensors are allowed and not read: the head of a tied model, which ``with_own_head`` has found
+    equal to the embedding, those that the checkpoint ignores, scales of activations next to quantised
+    weights, and biases of quantised weights that are zero.
+    """
+    found, quantisation = [], source_of(checkpoint.directory).quantisation()
+    for stored in stored_tensors(checkpoint, cfg):
+        for name in stored.names:
+            if name not in checkpoint.tensors:  # fails at the first: an absurd num_hidden_layers ends here
+                raise ValueError(
+                    f"{checkpoint.directory}: tensor {brief(name)} of {cfg.architecture} is missing"
+                )
+        found.append(stored)
+    expected = {name for stored in found for name in stored.names}
+    spare = {bias for each in found if each.format is not None for bias in each.format.zero_biases(each.name)}
+    _, head = embedding_names(checkpoint, cfg)
+    for name, info in checkpoint.tensors.items():
+        if name in expected:
+            continue
+        if name in spare:
+            _check_zero(checkpoint, name)
+            continue
+        tied_head = cfg.tie_word_embeddings and name == head
+        if not tied_head and not quantisation.is_unread(name) and not checkpoint.is_ignored(cfg, name):
+            raise ValueError(
+                f"{info.file}: tensor {brief(name)} is not one of {cfg.architecture} as "
+                f"{checkpoint.sizes_source} has it"
+            )
+    return found
 
 
 def stored_tensors(checkpoint: Checkpoint, cfg: ModelConfig) -> Iterator[StoredParam]:
@@ -137,14 +170,30 @@ def _check_entry(checkpoint: Checkpoint, stored: StoredParam) -> None:
         info = checkpoint.tensors.get(name)
         if info is not None and entry >= (*info.shape, 0)[0]:
             raise ValueError(
-                f"{info.file}: tensor {brief(name)} has no entry {entry}, which config.json asks "
-                f"for: it is {list(info.shape)}"
+                f"{info.file}: tensor {brief(name)} has no entry {entry}, which "
+                f"{checkpoint.sizes_source} asks for: it is {list(info.shape)}"
             )
 
 
 def is_product(path: str) -> bool:
     """Returns whether a parameter is a matrix of attention, of an expert or of an MLP."""
     return PRODUCT.search(path) is not None
+
+
+def _check_zero(checkpoint: Checkpoint, name: str) -> None:
+    """Raises ValueError unless a bias that the model does not have is zero."""
+    info = checkpoint.tensors[name]
+    size = math.prod(info.shape)
+    numbers = np.empty(min(size, CHUNK), np.float32)
+    for at in range(0, size, CHUNK):
+        part = numbers[: size - at]
+        checkpoint.read_run(name, at, part)
+        if part.any():
+            found = part[part != 0][0]
+            raise ValueError(
+                f"{info.file}: tensor {brief(name)} has the number {found:g}; the model has no such bias, so "
+                "only zeros are read"
+            )
 
 
 def _are_equal(checkpoint: Checkpoint, first: str, second: str, dtype: str) -> bool:

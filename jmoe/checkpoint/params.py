@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jmoe_kernels import cpu
+from jmoe_kernels.backends import DenseKernel
 from jmoe_kernels.interleave import Layout, Part, interleave, interleaved
 from jmoe_kernels.quantised import Coding, code_storage
 
@@ -152,13 +153,17 @@ def _with_layout(spec: ParamSpec, blueprint: Blueprint) -> ParamSpec:
     """Returns the parameter in the layout of the kernel that multiplies with it."""
     if spec.coding is None:
         return spec
-    kernels, is_head = blueprint.kernels, in_layer(spec.path)[0] < 0 and spec.path not in STACKED
-    kernel = kernels.experts if spec.products == "experts" else kernels.dense
-    if is_head and not is_single(blueprint.mesh):
-        kernel = "xla"  # as the decoder has it
+    kernel = blueprint.kernels.experts if spec.products == "experts" else dense_kernel(spec, blueprint)
     local = spec.sharding.shard_shape(spec.shape)
     fits = kernel == "cpu" and cpu.limit(spec.coding) is None and spec.coding.can_interleave(local)
     return replace(spec, layout="n16") if fits else spec
+
+
+def dense_kernel(spec: ParamSpec, blueprint: Blueprint) -> DenseKernel:
+    """Returns the implementation of the products of a parameter that is not of experts, as the decoder has
+    it."""
+    is_head = in_layer(spec.path)[0] < 0
+    return "xla" if is_head and not is_single(blueprint.mesh) else blueprint.kernels.dense
 
 
 def shapes_of(spec: ParamSpec) -> Any:

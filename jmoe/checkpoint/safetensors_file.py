@@ -84,11 +84,11 @@ def open_regular(path: Path) -> FileIO:
 
 def read_exactly(file: FileIO, offset: int, out: memoryview) -> None:
     """Fills ``out`` from ``offset``; raises ValueError if the file ends before. It never maps the file:
-    truncating a mapped file would kill the process with SIGBUS."""
-    file.seek(offset)
+    truncating a mapped file would kill the process with SIGBUS. Threads may read one file at once: none moves
+    its position."""
     got = 0
     while got < len(out):
-        step = file.readinto(out[got:])
+        step = os.preadv(file.fileno(), [out[got:]], offset + got)
         if not step:
             raise ValueError(
                 f"{file.name}: truncated: {offset + len(out)} bytes are needed, {offset + got} are there"

@@ -2,7 +2,8 @@
 
 Of a stacked tensor only the needed entry is read. Plain numbers are read in chunks: in addition to the slice
 there is memory for one chunk, and a transposed chunk is transposed while it is in the cache. Of quantised
-numbers the codes of one entry are in memory in addition.
+numbers the codes of one entry are in memory in addition; of plain ones that are quantised, the numbers of one
+tensor, and what quantising a chunk of them needs.
 """
 
 import math
@@ -13,12 +14,11 @@ import jax
 import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised, dequantised
 
-from jmoe.checkpoint.hf_reader import CHUNK, Checkpoint, all_finite
+from jmoe.checkpoint.checkpoint import CHUNK, Checkpoint, all_finite
 from jmoe.checkpoint.layouts import entries, in_stored_order, stored_shape
 from jmoe.checkpoint.params import ParamSpec
 from jmoe.checkpoint.quantised.formats import StoredParam
 from jmoe.checkpoint.quantised.quantise import quantise
-from jmoe.checkpoint.safetensors_file import TensorInfo
 from jmoe.config.reading import named
 from jmoe.config.units import brief
 from jmoe.models.weights import PLAIN
@@ -43,8 +43,8 @@ def read_slice(
         numbers = np.empty(out.shape, np.float32)
         _read_numbers(checkpoint, tensor, numbers)
         with named(f"{checkpoint.tensors[tensor.name].file}: tensor {brief(tensor.name)}"):
-            codes = quantise(numbers, written or out.coding)
-        _copy(regrouped(codes, out.coding), out)
+            for rows in _steps(numbers):
+                _copy(regrouped(quantise(numbers[rows], written or out.coding), out.coding), out[rows])
     else:
         _read_numbers(checkpoint, tensor, out)
 
@@ -105,15 +105,22 @@ def _chunks(ordered: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yields parts of ``ordered`` along its first axis, of about CHUNK bytes, each with its start in
     elements."""
     row = math.prod(ordered.shape[1:])
-    step = max(1, CHUNK // max(1, row * ordered.itemsize))
+    for part in _steps(ordered):
+        yield part.start * row, ordered[part]
+
+
+def _steps(ordered: np.ndarray) -> Iterator[slice]:
+    """Yields slices of the first axis of ``ordered``, each of about CHUNK bytes."""
+    step = max(1, CHUNK // max(1, math.prod(ordered.shape[1:]) * ordered.itemsize))
     for at in range(0, len(ordered), step):
-        yield at * row, ordered[at : at + step]
+        yield slice(at, at + step)
 
 
 def check_shapes(
-    tensors: Mapping[str, TensorInfo], table: Mapping[str, list[StoredParam]], specs: Mapping[str, ParamSpec]
+    checkpoint: Checkpoint, table: Mapping[str, list[StoredParam]], specs: Mapping[str, ParamSpec]
 ) -> None:
     """Raises ValueError for a tensor whose shape or dtype does not match the slice that it fills."""
+    tensors = checkpoint.tensors
     stacks = _stacked(stored for path in specs for stored in table[path])
     for path, spec in specs.items():
         for stored in table[path]:
@@ -126,8 +133,8 @@ def check_shapes(
                 expected = (*stacks.get(stored.name, ()), *entry.shape)
                 if (info.shape or (1,)) != (expected or (1,)):  # a single number may have no axis
                     raise ValueError(
-                        f"{info.file}: tensor {brief(entry.name)} must be {list(expected)} by config.json, "
-                        f"it is {list(info.shape)}"
+                        f"{info.file}: tensor {brief(entry.name)} must be {list(expected)} by "
+                        f"{checkpoint.sizes_source}, it is {list(info.shape)}"
                     )
                 if info.dtype not in entry.dtypes:
                     known = ", ".join(entry.dtypes)

@@ -6,14 +6,16 @@ Everything that asks what kind of model it has before it reads it asks here.
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from jmoe.checkpoint.checkpoint import Checkpoint
 from jmoe.checkpoint.converted.manifest import is_converted
-from jmoe.checkpoint.gguf.checkpoint import PART, ByType, GgufCheckpoint
+from jmoe.checkpoint.gguf.checkpoint import PART, ByType, GgufCheckpoint, GgufHeaders, read_headers
 from jmoe.checkpoint.gguf.config import config_values
 from jmoe.checkpoint.gguf.tokenizer import has_vocabulary, tokenizer_config, tokenizer_json, why_unread
-from jmoe.checkpoint.hf_reader import INDEX, Checkpoint, HFCheckpoint
+from jmoe.checkpoint.hf.reader import INDEX, HFCheckpoint
 from jmoe.checkpoint.quantised.quantisation import Quantisation, read_quantisation
 from jmoe.checkpoint.safetensors_file import read_json
 from jmoe.config.reading import named
@@ -98,7 +100,7 @@ class Directory:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A GGUF file, the first one of a split model.
+    """A GGUF file, the first one of a split model. Its headers are parsed once, when they are first needed.
 
     A tokenizer of a kind that is not read is taken from the ``tokenizer.json`` next to the file.
     """
@@ -110,14 +112,15 @@ class GgufFile:
         return self.path
 
     def config(self) -> dict[str, Any]:
-        with self.open() as checkpoint, named(self.path):
-            return config_values(checkpoint.metadata, checkpoint.tensors)
+        headers = self._headers
+        with named(self.path):
+            return config_values(headers.metadata, headers.tensors)
 
     def has_weights(self) -> bool:
         return True
 
     def open(self) -> GgufCheckpoint:
-        return GgufCheckpoint(self.path)
+        return GgufCheckpoint(self._headers)
 
     def quantisation(self) -> Quantisation:
         return ByType()
@@ -126,10 +129,10 @@ class GgufFile:
         return self.path
 
     def has_tokenizer(self) -> bool:
-        return has_vocabulary(self._metadata()) or (self.path.parent / TOKENIZER).is_file()
+        return has_vocabulary(self._headers.metadata) or (self.path.parent / TOKENIZER).is_file()
 
     def read_text(self, name: str) -> bytes | None:
-        metadata = self._metadata()
+        metadata = self._headers.metadata
         why, beside = why_unread(metadata), Directory(self.path.parent)
         if why is not None and beside.has_tokenizer():
             return beside.read_text(name)
@@ -142,14 +145,19 @@ class GgufFile:
         with named(self.path):
             return json.dumps(make(metadata), ensure_ascii=False).encode(errors="replace")
 
-    def _metadata(self) -> dict[str, Any]:
-        with self.open() as checkpoint:
-            return checkpoint.metadata
+    @cached_property
+    def _headers(self) -> GgufHeaders:
+        return read_headers(self.path)
 
 
-def source_of(model: Path | str) -> Source:
-    """Returns the files of a model by its path; raises ValueError for a directory with several GGUF
-    models."""
+ModelFiles = Path | str | Source
+
+
+def source_of(model: ModelFiles) -> Source:
+    """Returns the files of a model by its path, or as they were found before; raises ValueError for a
+    directory with several GGUF models."""
+    if not isinstance(model, Path | str):
+        return model
     path = model_path(Path(model))
     return GgufFile(path) if is_gguf(path) else Directory(path)
 

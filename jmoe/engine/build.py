@@ -67,7 +67,7 @@ def build(
     if deployment.blueprint.codings:
         log.info("quantised weights: %s", deployment.blueprint.codings)
     with within(deployment.memory):
-        codec = load_codec(deployment.directory, deployment.cfg.vocab_size)
+        codec = load_codec(deployment.source, deployment.cfg.vocab_size)
         runner = load_runner(deployment, progress, make_runner)
         if warm_up:
             compiled = partial(progress, "compile")
@@ -85,7 +85,7 @@ def load_runner(
     """Returns the runner of a deployment, with the model's weights."""
     moe, mesh, placement = deployment.settings.moe, deployment.mesh, deployment.placement
     decoder = load_decoder(
-        deployment.directory,
+        deployment.source,
         deployment.blueprint,
         placement,
         partial(progress, "load"),

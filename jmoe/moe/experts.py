@@ -90,7 +90,7 @@ class HostExperts(nnx.Module):
 
 
 def _values(param: nnx.Param | None) -> Array | None:
-    return None if param is None else param[...]
+    return None if param is None else param.get_value()
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
     """
     deployment = resolve(model, settings)
     directory, cfg, sizes, memory = deployment.directory, deployment.cfg, deployment.sizes, deployment.memory
-    specs = parameter_specs(directory, cfg, settings.dtype, settings.quantization_request)
+    specs = parameter_specs(deployment.source, cfg, settings.dtype, deployment.blueprint.codings)
     return {
         "versions": {"jmoe": __version__, "python": platform.python_version()}
         | {name: version(name) for name in PACKAGES},

@@ -78,9 +78,10 @@ def _linear_bwd(implementation: DenseKernel, residuals: tuple[Array, Array], g: 
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
-def takes_codes(implementation: DenseKernel, coding: Coding) -> bool:
-    """Returns whether an implementation multiplies with the codes of a matrix; others dequantise it first."""
-    return implementation == "cpu" and cpu.limit(coding) is None
+def why_dequantised(implementation: DenseKernel, coding: Coding) -> str | None:
+    """Returns why an implementation dequantises a matrix before each product, or None if it multiplies with
+    the codes."""
+    return cpu.limit(coding) if implementation == "cpu" else f"XLA's products take no codes ({coding})"
 
 
 def linear(
@@ -97,7 +98,7 @@ def linear(
     implementation: "cpu" runs the C++ kernel for a matrix; a stack always runs in XLA.
     activations: what ``x`` is rounded to if the codes are multiplied.
     """
-    if isinstance(w, Quantised) and w.ndim == 2 and takes_codes(implementation, w.coding):
+    if isinstance(w, Quantised) and w.ndim == 2 and why_dequantised(implementation, w.coding) is None:
         flat: Array = cpu.linear(x.reshape(-1, x.shape[-1]), w, activations)
         return flat.reshape(*x.shape[:-1], w.shape[0])
     w = as_float(w)

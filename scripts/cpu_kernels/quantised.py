@@ -16,7 +16,7 @@ from jmoe_kernels.interleave import interleave
 from jmoe_kernels.quantised import Coding, Quantised, code_storage
 from jmoe_kernels.settings import Activations
 
-from jmoe.checkpoint.hf_reader import aligned_empty
+from jmoe.checkpoint.checkpoint import aligned_empty
 
 PLAIN = "bfloat16"
 FORMS: dict[str, Coding | None] = {

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jmoe_kernels.grouped_mlp import ExpertWeights
 
-from jmoe.checkpoint.hf_reader import aligned_empty
+from jmoe.checkpoint.checkpoint import aligned_empty
 from jmoe.moe.experts import ExpertMath
 from jmoe.moe.routing import plan_dispatch
 

@@ -33,7 +33,7 @@ def write_random(toml: Path, directory: Path, gate_scale: float = 1.0) -> None:
     import jax.numpy as jnp
     from flax import nnx
 
-    from jmoe.checkpoint.hf_writer import save_hf
+    from jmoe.checkpoint.hf.writer import save_hf
     from jmoe.config.model import ModelConfig
     from jmoe.config.moe import MoEConfig
     from jmoe.config.reading import read_toml

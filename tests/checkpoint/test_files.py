@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save
 from support.least_time import within
 from support.models import hf_tiny
 
-from jmoe.checkpoint.hf_reader import CHUNK, HFCheckpoint, aligned_empty, all_finite
+from jmoe.checkpoint.checkpoint import CHUNK, aligned_empty, all_finite
+from jmoe.checkpoint.hf.reader import HFCheckpoint
 from jmoe.checkpoint.load import read_config
 from jmoe.checkpoint.safetensors_file import encode_header, parse_json
 

@@ -14,7 +14,7 @@ from support.models import hf_tiny
 from support.models.small import config as small_config
 
 from jmoe.checkpoint import load_model, read_config
-from jmoe.checkpoint.hf_reader import aligned_empty
+from jmoe.checkpoint.checkpoint import aligned_empty
 from jmoe.checkpoint.params import ParamSpec, abstract_decoder, dotted, put_on_mesh
 from jmoe.config.moe import MoEConfig
 from jmoe.mesh import make_mesh, split_attention

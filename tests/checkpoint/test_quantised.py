@@ -86,7 +86,8 @@ def test_the_bytes_are_those_that_are_counted(folder, method):
     for source, request in (("plain", Quantize(method)), (method, None)):
         model = load_model(folder / source, one(), quantize=request)
         held = sum(a.nbytes for a in jax.tree.leaves(nnx.state(model, nnx.Param)))
-        specs = parameter_specs(folder / source, cfg, "auto", request)
+        codings = read_codings(folder / source, cfg, request)
+        specs = parameter_specs(folder / source, cfg, "auto", codings)
         assert held == sum(spec.nbytes for spec in specs.values())
 
 

@@ -15,11 +15,11 @@ from support.models import stored_forms as forms
 from support.models.quantised import plain_values, quantised_paths
 
 from jmoe.checkpoint import convert, load_model, read_config, save_hf
-from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.experts.renumber import into_slots, permute_gate, permuted
+from jmoe.checkpoint.experts.stacks import Stacks, into_stacks
+from jmoe.checkpoint.hf.reader import HFCheckpoint
 from jmoe.checkpoint.identity import model_identity
 from jmoe.checkpoint.params import ParamSpec, dotted
-from jmoe.checkpoint.renumber import into_slots, permute_gate, permuted
-from jmoe.checkpoint.stacks import Stacks, into_stacks
 from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import OffloadConfig
 from jmoe.mesh import make_mesh

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import jax
 import pytest
+from jmoe_kernels import cpu
+from jmoe_kernels.quantised import Coding
 from support.models.small import config
 
 from jmoe.blueprint import Blueprint
 from jmoe.checkpoint import load_model
 from jmoe.checkpoint.params import abstract_decoder
+from jmoe.checkpoint.quantised.codings import CODINGS
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import OffloadConfig
@@ -249,3 +252,32 @@ def test_an_address_space_that_is_too_small_is_one_line():
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 2 and ran.stdout == "", ran.stderr
     assert "(address space, ulimit -v)" in ran.stderr and ran.stderr.count("\n") == 1
+
+
+def dequantised(**settings) -> list[str]:
+    """Returns the notes about weights that are dequantised in every step; ``doctor`` has the same notes."""
+    found = small(max_model_len=32, **settings)
+    notes = resolve("tiny", found).notes
+    assert doctor("tiny", found)["notes"] == list(notes)
+    return [note for note in notes if "dequantised" in note]
+
+
+def test_dense_weights_without_a_kernel_are_named():
+    portable = MoEConfig(kernel="xla")
+    assert dequantised(moe=portable) == []
+    assert dequantised(quantization="int4", quantize="experts", moe=portable) == []
+    (note,) = dequantised(quantization="int8", moe=portable)
+    assert note == (  # the tied head and the four matrices of attention in six layers
+        "dense weights that are dequantised in every step: 25, such as embed; XLA's products take no codes "
+        "(int8, one scale a row)"
+    )
+
+
+@pytest.mark.skipif(isinstance(cpu.get_library(), str), reason="no C++ kernels here")
+def test_codings_that_the_kernel_of_dense_products_does_not_take_are_named(monkeypatch):
+    assert dequantised(quantization="int8") == []
+    (note,) = dequantised(quantization="int8", tensor_parallel_size=2)
+    assert ": 1, such as embed; XLA's products take no codes" in note  # the tied head, which XLA splits
+    monkeypatch.setitem(CODINGS, "int8", Coding("int8", 8))
+    (note,) = dequantised(quantization="int8")
+    assert "; weights are quantised (int8, groups of 8); the kernel takes groups of 16, 32" in note

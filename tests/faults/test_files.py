@@ -21,7 +21,7 @@ from support.models import hf_tiny
 
 from jmoe.checkpoint import convert, read_config
 from jmoe.checkpoint.facts import end_tokens
-from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.hf.reader import HFCheckpoint
 from jmoe.engine.build import build_engine
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.text.codec import TextCodec

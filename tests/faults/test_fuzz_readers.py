@@ -19,9 +19,10 @@ from support.models.routed import VOCAB, builder_for, planted_homes, planted_req
 from jmoe.checkpoint import convert, read_config
 from jmoe.checkpoint.converted.manifest import MANIFEST, read_manifest, verify_files
 from jmoe.checkpoint.facts import end_tokens
-from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.hf.reader import HFCheckpoint
 from jmoe.checkpoint.load import match, read_param
 from jmoe.checkpoint.params import abstract_decoder
+from jmoe.checkpoint.workers import Workers
 from jmoe.cli.flags import read_serve_config
 from jmoe.config.moe import MoEConfig
 from jmoe.engine.text.codec import TextCodec
@@ -93,10 +94,10 @@ def weights(tmp: Path) -> Reader:
     blueprint = make_blueprint(read_config(tmp), MoEConfig(), one_device())
 
     def read(folder: Path) -> None:
-        with HFCheckpoint(folder) as checkpoint:
+        with HFCheckpoint(folder) as checkpoint, Workers() as workers:
             _, specs, table = match(checkpoint, blueprint, own_dtypes=True)
             for path, spec in specs.items():
-                read_param(checkpoint, spec, table[path])
+                read_param(checkpoint, spec, table[path], workers)
 
     return Reader("weights", WEIGHTS, read, damaged=("model.safetensors",))
 

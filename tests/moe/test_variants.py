@@ -13,8 +13,8 @@ from support.models.small import config, mesh_of
 from support.oracles.routers import EXPERTS, VARIANTS, choose
 from support.oracles.routers import compiled as router
 
-from jmoe.checkpoint.renumber import EXPERTS as STACKS
-from jmoe.checkpoint.renumber import permute_gate
+from jmoe.checkpoint.experts.renumber import EXPERTS as STACKS
+from jmoe.checkpoint.experts.renumber import permute_gate
 from jmoe.config.moe import MoEConfig
 from jmoe.config.techniques import OffloadConfig, Phase
 from jmoe.mesh import make_mesh

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from support.models import hf_tiny
 
 from jmoe.checkpoint import convert, load_model, read_config, save_hf
-from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.hf.reader import HFCheckpoint
 from jmoe.checkpoint.identity import model_identity
 from jmoe.checkpoint.params import dotted
 from jmoe.config.moe import MoEConfig

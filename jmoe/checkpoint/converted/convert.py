@@ -19,13 +19,14 @@ import jax
 import numpy as np
 
 from jmoe.blueprint import Codings
+from jmoe.checkpoint.checkpoint import Checkpoint
 from jmoe.checkpoint.converted.manifest import MANIFEST, is_converted, write_manifest
-from jmoe.checkpoint.hf_reader import Checkpoint
-from jmoe.checkpoint.load import LoadProgress, check_directory, match, read_config, read_param
+from jmoe.checkpoint.load import LoadProgress, check_source, match, read_config, read_param
 from jmoe.checkpoint.params import ParamSpec, by_path
 from jmoe.checkpoint.quantised.codings import Quantize, read_codings
 from jmoe.checkpoint.quantised.formats import StoredParam
-from jmoe.checkpoint.source import Source, source_of
+from jmoe.checkpoint.source import Source
+from jmoe.checkpoint.workers import Workers
 from jmoe.config.choices import DTypeChoice
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
@@ -63,15 +64,15 @@ def convert(
     progress: function called with (bytes done, bytes in all).
     quantize: how plain weights are quantised; None keeps all weights as they are stored.
     """
-    hf_dir, out_dir = check_directory(hf_dir), Path(out_dir)
-    if is_converted(hf_dir):
-        raise ValueError(f"{hf_dir}: is already converted (it has {MANIFEST})")
+    source, out_dir = check_source(hf_dir), Path(out_dir)
+    if is_converted(source.path):
+        raise ValueError(f"{source.path}: is already converted (it has {MANIFEST})")
     if os.path.lexists(out_dir):
         raise ValueError(f"{out_dir}: already exists; give a new directory or remove it")
     if not out_dir.absolute().parent.is_dir():
         raise ValueError(f"{out_dir}: the directory that is to hold it does not exist")
     with _working(out_dir) as working:
-        _write(hf_dir, working, dtype, progress, quantize)
+        _write(source, working, dtype, progress, quantize)
         working.chmod(0o755)  # mkdtemp makes private directories
         os.rename(working, out_dir)
 
@@ -111,19 +112,22 @@ def _locked(directory: Path) -> Iterator[bool]:
 
 
 def _write(
-    hf_dir: Path, working: Path, dtype: DTypeChoice, progress: LoadProgress | None, quantize: Quantize | None
+    source: Source,
+    working: Path,
+    dtype: DTypeChoice,
+    progress: LoadProgress | None,
+    quantize: Quantize | None,
 ) -> None:
     from jmoe.checkpoint.converted.orbax_io import grouped, save_group  # heavy: seconds to import
 
-    cfg = read_config(hf_dir, dtype)
-    blueprint = make_blueprint(cfg, MoEConfig(), make_mesh(), read_codings(hf_dir, cfg, quantize))
-    source = source_of(hf_dir)
-    with source.open() as checkpoint:
+    cfg = read_config(source, dtype)
+    blueprint = make_blueprint(cfg, MoEConfig(), make_mesh(), read_codings(source, cfg, quantize))
+    with source.open() as checkpoint, Workers() as workers:
         model, specs, table = match(checkpoint, blueprint, own_dtypes=dtype == "auto")
         total, done = sum(s.nbytes for s in specs.values()), 0
         _check_disk(working, total)
         for group, paths in grouped(specs).items():
-            save_group(working, group, _read_arrays(checkpoint, [specs[p] for p in paths], table))
+            save_group(working, group, _read_arrays(checkpoint, [specs[p] for p in paths], table, workers))
             done += sum(specs[p].nbytes for p in paths)
             if progress is not None:
                 progress(done, total)
@@ -151,12 +155,15 @@ def _texts(source: Source) -> Iterator[tuple[str, bytes]]:
 
 
 def _read_arrays(
-    checkpoint: Checkpoint, specs: list[ParamSpec], table: Mapping[str, list[StoredParam]]
+    checkpoint: Checkpoint,
+    specs: list[ParamSpec],
+    table: Mapping[str, list[StoredParam]],
+    workers: Workers,
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of parameters by path."""
     found: dict[str, np.ndarray] = {}
     for spec in specs:
-        value = read_param(checkpoint, spec, table[spec.path])
+        value = read_param(checkpoint, spec, table[spec.path], workers)
         arrays = zip(jax.tree.leaves(spec.arrays), jax.tree.leaves(value), strict=True)
         found |= {array.path: buffer for array, buffer in arrays}
     return found

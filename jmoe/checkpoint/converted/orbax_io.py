@@ -24,9 +24,9 @@ from jmoe_kernels.interleave import interleaved
 
 from jmoe.blueprint import Blueprint, Codings
 from jmoe.checkpoint.converted.manifest import MANIFEST, PARAMS, Manifest, read_manifest, verify_files
+from jmoe.checkpoint.experts.renumber import permuted
+from jmoe.checkpoint.experts.stacks import Stacks
 from jmoe.checkpoint.params import ParamSpec, abstract_decoder, by_path, fill, joined, put_on_mesh
-from jmoe.checkpoint.renumber import permuted
-from jmoe.checkpoint.stacks import Stacks
 from jmoe.config.model import ModelConfig
 from jmoe.config.units import cause
 from jmoe.models.decoder import Decoder

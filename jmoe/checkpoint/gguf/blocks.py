@@ -13,8 +13,8 @@ from typing import ClassVar
 import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised
 
+from jmoe.checkpoint.checkpoint import Checkpoint
 from jmoe.checkpoint.gguf.file import TYPES
-from jmoe.checkpoint.hf_reader import Checkpoint
 from jmoe.checkpoint.quantised.formats.format import Format, StoredEntry, check_finite
 from jmoe.checkpoint.quantised.formats.mxfp4 import check_exponents
 

@@ -1,17 +1,20 @@
 """A model in one GGUF file, or split into several, as a checkpoint."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
+from jmoe.checkpoint.checkpoint import Checkpoint
 from jmoe.checkpoint.gguf.blocks import BLOCKS, FORMATS, READ
 from jmoe.checkpoint.gguf.file import GgufHeader, open_gguf
 from jmoe.checkpoint.gguf.names import tensor_names
-from jmoe.checkpoint.hf_reader import Checkpoint
 from jmoe.checkpoint.quantised.formats import Format
 from jmoe.checkpoint.quantised.quantisation import Quantisation
-from jmoe.checkpoint.safetensors_file import ITEM_SIZES, TensorInfo
+from jmoe.checkpoint.safetensors_file import ITEM_SIZES, TensorInfo, open_regular
 from jmoe.config.model import ModelConfig
 from jmoe.config.units import brief
 from jmoe.models.weights import StoredTensor
@@ -36,29 +39,64 @@ class ByType(Quantisation):
         return FORMATS.get(tensors[name].dtype) if name in tensors else None
 
 
-class GgufCheckpoint(Checkpoint):
-    """The tensors of a GGUF file and of the files that follow it in a split model.
+@dataclass(frozen=True)
+class GgufHeaders:
+    """The headers of a GGUF file and of the files that follow it in a split model.
 
+    path: the first file.
     metadata: values of the first file by key.
+    tensors: every tensor by its name.
+    files: size in bytes and time of the last change, in ns, of each file.
     """
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    files: Mapping[Path, tuple[int, int]]
+
+
+def read_headers(path: Path) -> GgufHeaders:
+    """Parses the headers of a model's files; raises ValueError naming the file for anything out of order."""
+    metadata: dict[str, Any] = {}
+    tensors: dict[str, TensorInfo] = {}
+    files: dict[Path, tuple[int, int]] = {}
+    for number, part in enumerate(parts_of(path)):
+        file, header = open_gguf(part)
+        with file:
+            files[part] = _state(file)
+        if number == 0:
+            metadata = header.metadata
+        _check_part(part, header, number, metadata.get("split.count", 1))
+        for name, info in header.tensors.items():
+            if name in tensors:
+                raise ValueError(f"{part}: tensor {brief(name)} is also in {tensors[name].file.name}")
+            tensors[name] = _readable(name, info)
+    total = metadata.get("split.tensors.count", len(tensors))
+    if total != len(tensors):
+        raise ValueError(f"{path}: the files have {len(tensors)} tensors, the first says {total}")
+    return GgufHeaders(path, metadata, tensors, files)
+
+
+class GgufCheckpoint(Checkpoint):
+    """The tensors of a GGUF model whose headers were read before."""
 
     item_sizes = ITEM_SIZES | {kind: nbytes for kind, (_, nbytes) in BLOCKS.items()}
 
+    def __init__(self, headers: GgufHeaders):
+        """Opens the files; raises ValueError naming one that was changed since its header was read."""
+        self._headers = headers
+        super().__init__(headers.path)
+
     def _open(self) -> dict[str, TensorInfo]:
-        found: dict[str, TensorInfo] = {}
-        for number, path in enumerate(parts_of(self.directory)):
-            self._files[path], header = open_gguf(path)
-            if number == 0:
-                self.metadata = header.metadata
-            _check_part(path, header, number, self.metadata.get("split.count", 1))
-            for name, info in header.tensors.items():
-                if name in found:
-                    raise ValueError(f"{path}: tensor {brief(name)} is also in {found[name].file.name}")
-                found[name] = _readable(name, info)
-        total = self.metadata.get("split.tensors.count", len(found))
-        if total != len(found):
-            raise ValueError(f"{self.directory}: the files have {len(found)} tensors, the first says {total}")
-        return found
+        for path, state in self._headers.files.items():
+            self._files[path] = open_regular(path)
+            if _state(self._files[path]) != state:
+                raise ValueError(f"{path}: was changed while the model was read")
+        return dict(self._headers.tensors)
+
+    @property
+    def sizes_source(self) -> str:
+        return f"the metadata of {self.directory.name}"
 
     def names(self, cfg: ModelConfig) -> Iterator[StoredTensor]:
         yield from tensor_names(cfg, self.tensors)
@@ -85,6 +123,11 @@ def parts_of(path: Path) -> list[Path]:
         if not file.is_file():
             raise ValueError(f"{path}: part {brief(file.name)} is missing (incomplete download?)")
     return files
+
+
+def _state(file: FileIO) -> tuple[int, int]:
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
 
 
 def _check_part(path: Path, header: GgufHeader, number: int, count: int) -> None:

@@ -12,7 +12,7 @@ from jmoe.checkpoint.converted.manifest import is_converted, read_manifest
 from jmoe.checkpoint.facts import stored_tensors
 from jmoe.checkpoint.params import abstract_decoder, tensors_by_path
 from jmoe.checkpoint.quantised.formats import StoredParam
-from jmoe.checkpoint.source import source_of
+from jmoe.checkpoint.source import ModelFiles, source_of
 from jmoe.config.choices import QuantizationName, QuantizedProducts
 from jmoe.config.model import ModelConfig
 from jmoe.config.moe import MoEConfig
@@ -43,12 +43,13 @@ class Quantize:
     what: QuantizedProducts = "all"
 
 
-def read_codings(directory: Path, cfg: ModelConfig, request: Quantize | None = None) -> Codings:
+def read_codings(model: ModelFiles, cfg: ModelConfig, request: Quantize | None = None) -> Codings:
     """Returns how the quantised parameters are kept, by path.
 
     It raises ValueError if the checkpoint contradicts itself, or if it is quantised and more is requested.
     """
-    source = source_of(directory)
+    source = source_of(model)
+    directory = source.path
     if is_converted(directory):
         found = Codings(read_manifest(directory).codings)
     elif source.has_weights() and not source.quantisation().is_plain:

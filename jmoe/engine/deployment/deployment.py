@@ -14,9 +14,12 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 from jmoe_kernels.backends import Executor
+from jmoe_kernels.matmul import why_dequantised
 
 from jmoe.blueprint import Blueprint
+from jmoe.checkpoint.params import abstract_decoder, dense_kernel
 from jmoe.checkpoint.quantised.codings import read_codings
+from jmoe.checkpoint.source import Source, source_of
 from jmoe.config.model import ModelConfig
 from jmoe.engine.deployment.artifacts import read_placement, read_profile
 from jmoe.engine.deployment.needs import Memory, check_memory, needed
@@ -35,7 +38,7 @@ from jmoe.placement.profile import Profile
 class Deployment:
     """The result of a model and of settings on this machine.
 
-    directory: directory of the model.
+    source: files of the model.
     settings: settings of the user.
     blueprint: model for contexts of ``max_model_len`` tokens, mesh and kernels.
     max_model_len: tokens of a context.
@@ -44,10 +47,11 @@ class Deployment:
     placement: placement by which experts are renumbered and tokens are shuffled; None without one.
     profile: profile from which an expert cache starts; None starts cold.
     executor: executor of the steps and the reason for its choice; None if no experts are offloaded.
-    notes: what the user should know about settings that were changed or have no effect, a line each.
+    notes: what the user should know about settings that were changed or have no effect, and about weights
+        for which there is no kernel, a line each.
     """
 
-    directory: Path
+    source: Source
     settings: EngineSettings
     blueprint: Blueprint
     max_model_len: int
@@ -57,6 +61,11 @@ class Deployment:
     profile: Profile | None
     executor: tuple[Executor, str] | None
     notes: tuple[str, ...]
+
+    @property
+    def directory(self) -> Path:
+        """The directory of the model, or its GGUF file."""
+        return self.source.path
 
     @property
     def cfg(self) -> ModelConfig:
@@ -70,11 +79,11 @@ class Deployment:
 def resolve(model: str | Path, settings: EngineSettings) -> Deployment:
     """Resolves a model and its settings; raises ValueError if either is refused or does not fit the
     machine."""
-    directory, moe = model_directory(model), settings.moe
-    cfg = read_model(directory, settings)
+    source, moe = source_of(model_directory(model)), settings.moe
+    cfg = read_model(source, settings)
     split = settings_split(settings)
     requested = context_length(cfg, settings.max_model_len)
-    codings = read_codings(directory, cfg, settings.quantization_request)
+    codings = read_codings(source, cfg, settings.quantization_request)
     memory = needed(cfg, settings, split, requested, codings)
     check_memory(memory)
     length, pages, notes = fit_pages(cfg, settings, split, requested, memory.left)
@@ -83,7 +92,7 @@ def resolve(model: str | Path, settings: EngineSettings) -> Deployment:
     check_memory(memory)
     blueprint = make_blueprint(cfg.for_context(length), moe, split.mesh, codings, settings.activation_dtype)
     return Deployment(
-        directory=directory,
+        source=source,
         settings=settings,
         blueprint=blueprint,
         max_model_len=length,
@@ -92,7 +101,12 @@ def resolve(model: str | Path, settings: EngineSettings) -> Deployment:
         placement=read_placement(moe.shuffle, cfg, split.mesh),
         profile=read_profile(moe.offload),
         executor=None if moe.offload is None else pick_executor(moe.offload, split.mesh),
-        notes=(*notes, *settings.without_effect(*split.mesh.shape.values()), *_unused_activations(blueprint)),
+        notes=(
+            *notes,
+            *settings.without_effect(*split.mesh.shape.values()),
+            *_unused_activations(blueprint),
+            *_dequantised_in_steps(blueprint),
+        ),
     )
 
 
@@ -103,6 +117,21 @@ def _unused_activations(blueprint: Blueprint) -> tuple[str, ...]:
         return ()
     why = "without the C++ kernels" if blueprint.codings else "because no weight is quantised"
     return (f"activation_dtype = {kernels.activations!r} has no effect {why}",)
+
+
+def _dequantised_in_steps(blueprint: Blueprint) -> tuple[str, ...]:
+    """Returns a line for each reason for which quantised dense weights are dequantised in every step. The
+    same of experts is the reason for their kernel."""
+    reasons: dict[str, list[str]] = {}
+    for path, spec in abstract_decoder(blueprint)[1].items() if blueprint.codings else ():
+        if spec.products == "dense" and spec.coding is not None:
+            why = why_dequantised(dense_kernel(spec, blueprint), spec.coding)
+            if why is not None:
+                reasons.setdefault(why, []).append(path)
+    return tuple(
+        f"dense weights that are dequantised in every step: {len(paths)}, such as {paths[0]}; {why}"
+        for why, paths in reasons.items()
+    )
 
 
 def settings_split(settings: EngineSettings) -> Split:

@@ -47,7 +47,7 @@ def lower_step(
     totals = jax.eval_shape(lambda: zero_totals(len(cfg.moe_layers), cfg.num_experts))
     totals = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), totals)
     latest_S: Any = jax.ShapeDtypeStruct((ranks * most,), jnp.int32, sharding=whole)
-    cache = abstract_cache(cfg, moe, mesh, seats=most)
+    cache = abstract_cache(model, mesh, seats=most)
     state = DeviceState(
         state_layout(cfg, model.split, model.kernels.attention, sizes.state),
         {inputs.phase: totals},

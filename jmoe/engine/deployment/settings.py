@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from jmoe.checkpoint import read_config
 from jmoe.checkpoint.quantised.codings import Quantize
-from jmoe.checkpoint.source import model_path
+from jmoe.checkpoint.source import ModelFiles, model_path
 from jmoe.config.choices import (
     AttentionSplit,
     DTypeChoice,
@@ -121,10 +121,10 @@ class EngineSettings:
         return lines
 
 
-def read_model(directory: Path, settings: EngineSettings) -> ModelConfig:
+def read_model(model: ModelFiles, settings: EngineSettings) -> ModelConfig:
     """Returns the model's shape, with the dtypes of the settings; raises ValueError as ``read_config``
     does."""
-    cfg = read_config(directory, settings.dtype)
+    cfg = read_config(model, settings.dtype)
     return dataclasses.replace(cfg, kv_cache_dtype=settings.kv_cache_dtype)
 
 

@@ -65,29 +65,32 @@ def make_cache(
     codings = codings_of(store)
     slots = count_slots(cfg, offload, mesh, codings)
     table, copies = _full_tables(slots, loads_LE.astype(np.float32), mesh)
-    pool = jax.tree.map(_in_layout, store, _empty_pool(cfg, slots, mesh, codings), is_leaf=_is_quantised)
+    pool = _pool_like(store, _empty_pool(cfg, slots, mesh, codings))
     specs = (weight_specs(store, None, EXPERT), COPIES), _pool_specs(pool)
     start = ranks.over(partial(_fill_pool, pool), *specs)
     cache = _cache(cfg, model.moe, mesh, table, predictor, jax.jit(start)(store, copies))
     return jax.device_put(cache, _shardings(cache, mesh))
 
 
-def abstract_cache(
-    cfg: ModelConfig, moe: MoEConfig, mesh: Mesh, seats: int, codings: LeafCodings = UNCODED
-) -> ExpertCache | None:
+def abstract_cache(model: Decoder, mesh: Mesh, seats: int) -> ExpertCache | None:
     """Returns the shapes of a cache without a profile, for compiling a step, or None if nothing is
-    offloaded."""
-    offload = moe.offload
+    offloaded. The pool has the layout of the model's experts.
+
+    model: the model, or its shapes.
+    """
+    cfg, moe, offload = model.cfg, model.moe, model.moe.offload
     if offload is None:
         return None
+    store = model.store.weights
+    codings = codings_of(store)
     slots = count_slots(cfg, offload, mesh, codings)
+    all_pools = _pool_like(store, _empty_pool(cfg, slots, mesh, codings, is_global=True))
 
     def make() -> ExpertCache:
         embeddings_VD = np.zeros((1, cfg.hidden_size), np.float32)
         predictor = _predictor(cfg, moe, mesh, seats, embeddings_VD, None)
         table, _ = _full_tables(slots, np.zeros((len(cfg.moe_layers), cfg.num_experts), np.float32), mesh)
-        shapes = _empty_pool(cfg, slots, mesh, codings, is_global=True)
-        pool = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        pool = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), all_pools)
         return _cache(cfg, moe, mesh, jax.tree.map(jnp.asarray, table), predictor, pool)
 
     cache = jax.eval_shape(make)
@@ -196,13 +199,13 @@ def _empty_pool(
     return ExpertWeights(**{leaf.name: stack(leaf) for leaf in leaves_of(cfg)})  # pyright: ignore[reportArgumentType]
 
 
-def _is_quantised(leaf: Any) -> bool:
-    return isinstance(leaf, Quantised)
+def _pool_like(store: ExpertWeights, shapes: ExpertWeights) -> ExpertWeights:
+    """Returns the shapes of a pool in the layout of the store."""
 
+    def like(stored: Any, own: Any) -> Any:
+        return replace(own, layout=stored.layout) if isinstance(stored, Quantised) else own
 
-def _in_layout(stored: Any, shapes: Any) -> Any:
-    """Returns the shapes of a pool's leaf in the layout of the store's."""
-    return replace(shapes, layout=stored.layout) if isinstance(stored, Quantised) else shapes
+    return jax.tree.map(like, store, shapes, is_leaf=lambda leaf: isinstance(leaf, Quantised))
 
 
 def _predictor(

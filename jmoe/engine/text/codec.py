@@ -3,9 +3,8 @@
 import threading
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
-from jmoe.checkpoint.source import source_of
+from jmoe.checkpoint.source import ModelFiles, source_of
 from jmoe.engine.text.channels import AnswerText
 from jmoe.engine.text.fewest_tokens import FewestTokens
 from jmoe.engine.text.token_bytes import TokenBytes
@@ -14,12 +13,13 @@ from jmoe.engine.text.tokenizer_files import guarded, load_tokenizer, missing
 LONG = 1 << 18  # characters; longer texts are tokenized one at a time: each takes about 100 bytes a character
 
 
-def load_codec(directory: Path, vocab_size: int) -> "TextCodec | None":
-    """Returns the codec, or None if the directory has no tokenizer in any format; raises ValueError if it has
+def load_codec(model: ModelFiles, vocab_size: int) -> "TextCodec | None":
+    """Returns the codec, or None if the model has no tokenizer in any format; raises ValueError if it has
     one that cannot be read."""
-    if not source_of(directory).has_tokenizer() and missing(directory) is None:
+    source = source_of(model)
+    if not source.has_tokenizer() and missing(source.path) is None:
         return None
-    return TextCodec(directory, vocab_size)
+    return TextCodec(source, vocab_size)
 
 
 class TextCodec:
@@ -29,8 +29,8 @@ class TextCodec:
     decoding both release the interpreter's lock.
     """
 
-    def __init__(self, directory: Path, vocab_size: int):
-        self.tokenizer = load_tokenizer(directory, vocab_size)
+    def __init__(self, model: ModelFiles, vocab_size: int):
+        self.tokenizer = load_tokenizer(source_of(model), vocab_size)
         self.vocab_size = vocab_size
         self.token_bytes = TokenBytes(self.tokenizer)
         self._long_text_lock = threading.Lock()

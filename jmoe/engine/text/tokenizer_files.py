@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
 
-from jmoe.checkpoint.source import TOKENIZER, source_of
+from jmoe.checkpoint.source import TOKENIZER, ModelFiles, Source, source_of
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MORE = "additional_special_tokens"
@@ -121,16 +121,17 @@ class TokenizerConfig:
         return {name: t.content for name, t in self.special_tokens.items()} | ({MORE: more} if more else {})
 
 
-def read_config(directory: Path) -> TokenizerConfig:
+def read_config(model: ModelFiles) -> TokenizerConfig:
     """Reads the files other than ``tokenizer.json``. A ValueError names the file that cannot be read."""
-    config = _optional(directory, "tokenizer_config.json")
-    kind = _kind(config, directory)
+    source = source_of(model)
+    config = _optional(source, "tokenizer_config.json")
+    kind = _kind(config, source)
     found = dict(config)
     decoder = config.get("added_tokens_decoder")
     named, older, before = {}, {}, []
     if decoder is None:  # an older checkpoint has these two files instead
-        named = _optional(directory, "special_tokens_map.json")
-        older = _optional(directory, "added_tokens.json")
+        named = _optional(source, "special_tokens_map.json")
+        older = _optional(source, "added_tokens.json")
         before = found.get(MORE) or []
         found |= named
     try:
@@ -141,15 +142,14 @@ def read_config(directory: Path) -> TokenizerConfig:
         added = _added(decoder, older, chosen)
     except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
         cause = f"{type(error).__name__}: {error}"[:200]
-        raise ValueError(f"{directory}: the tokenizer's added tokens cannot be read: {cause}") from None
+        raise ValueError(f"{source.path}: the tokenizer's added tokens cannot be read: {cause}") from None
     if not config.get("backend"):
         defaults = CLASS_TOKENS.get(kind, {}).items()
         special |= {n: AddedToken(t, special=True) for n, t in defaults if n not in found}
     return TokenizerConfig(config, kind, special, more, added)
 
 
-def _optional(directory: Path, name: str) -> dict[str, Any]:
-    source = source_of(directory)
+def _optional(source: Source, name: str) -> dict[str, Any]:
     try:
         text = source.read_text(name)
         return {} if text is None else _object(text)
@@ -157,10 +157,10 @@ def _optional(directory: Path, name: str) -> dict[str, Any]:
         raise ValueError(f"cannot read {source.text_path(name)}: {error}") from None
 
 
-def _kind(config: dict[str, Any], directory: Path) -> str:
+def _kind(config: dict[str, Any], source: Source) -> str:
     named = config.get("tokenizer_class")
     if not isinstance(named, str):
-        model = _optional(directory, "config.json")
+        model = _optional(source, "config.json")
         named = model.get("tokenizer_class") or CLASS_OF.get(str(model.get("model_type")), "")
     return str(named).removesuffix("Fast")
 
@@ -199,23 +199,22 @@ def _token(value: dict[str, Any]) -> AddedToken:
     return AddedToken(value["content"], **flags)
 
 
-def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
+def load_tokenizer(source: Source, vocab_size: int) -> Tokenizer:
     """Returns the tokenizer of a checkpoint; raises a one-line ValueError if it has none that can be read.
 
     vocab_size: vocabulary size of the model, which limits the ids.
     """
-    source = source_of(directory)
     path, text = source.text_path(TOKENIZER), source.read_text(TOKENIZER)
     if text is None:
         raise ValueError(
-            missing(directory) or f"{directory} has no tokenizer.json; prompts must be token ids"
+            missing(source.path) or f"{source.path} has no tokenizer.json; prompts must be token ids"
         )
     try:
         with guarded("be read"):
             tokenizer = Tokenizer.from_buffer(text)
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    config = read_config(directory)
+    config = read_config(source)
     with guarded("take its added tokens"):
         tokenizer.no_truncation()  # every trainer stores the settings of its last call
         tokenizer.no_padding()

@@ -15,7 +15,7 @@ from jax import Array
 from jmoe_kernels.grouped_mlp import ExpertWeights, pick, storage_dtype
 
 from jmoe.checkpoint import read_config
-from jmoe.checkpoint.hf_reader import aligned_empty
+from jmoe.checkpoint.checkpoint import aligned_empty
 from jmoe.config.choices import DTypeChoice
 from jmoe.config.model import ModelConfig
 from jmoe.engine.deployment.settings import model_directory

@@ -28,7 +28,7 @@ from support.models.published_quantisation import (
 from jmoe.checkpoint.quantised.formats import Format
 from jmoe.checkpoint.quantised.formats.fp8 import Fp8
 from jmoe.checkpoint.quantised.formats.int8 import Int8
-from jmoe.checkpoint.quantised.formats.mxfp4 import Mxfp4Blocks, Mxfp4Rows
+from jmoe.checkpoint.quantised.formats.mxfp4 import IN_BLOCKS, IN_ROWS
 from jmoe.checkpoint.quantised.formats.nvfp4 import Nvfp4
 from jmoe.checkpoint.quantised.formats.packed_ints import PackedInts
 from jmoe.checkpoint.quantised.methods import METHODS
@@ -46,7 +46,11 @@ def formats(quantisation: Quantisation, *names: str) -> tuple[Format | None, ...
 
 
 FP8_BLOCKS = Fp8((128, 128), "_scale_inv")
-ROWS, INT4, ASYMMETRIC = Fp8((1, None), "_scale"), PackedInts(4, (1, 32)), PackedInts(4, (1, 128), True)
+ROWS, INT4, ASYMMETRIC = (
+    Fp8((1, None), "_scale"),
+    PackedInts((1, 32), bits=4),
+    PackedInts((1, 128), True, bits=4),
+)
 PUBLISHED = {  # the formats of an expert, attention, the router, a shared expert, the head, a dense MLP
     "Qwen3-30B-A3B-FP8": (QWEN3_30B_FP8, (FP8_BLOCKS, FP8_BLOCKS, None, FP8_BLOCKS, None, FP8_BLOCKS)),
     "DeepSeek-V3, Kimi-K2-Instruct": (BLOCKS, (FP8_BLOCKS,) * 6),  # routers and head are plain all the same
@@ -55,7 +59,7 @@ PUBLISHED = {  # the formats of an expert, attention, the router, a shared exper
     "GLM-4.5-Air-FP8": (GLM_45_AIR_FP8, (ROWS, ROWS, None, ROWS, None, ROWS)),
     "RedHatAI, FP8-dynamic": (REDHAT_FP8_DYNAMIC, (ROWS, ROWS, None, ROWS, None, ROWS)),
     "AWQ by llm-compressor": (W4A16_AWQ, (ASYMMETRIC, ASYMMETRIC, None, ASYMMETRIC, None, ASYMMETRIC)),
-    "Kimi-K3": (KIMI_K3, (Mxfp4Rows(), None, None, Mxfp4Rows(), None, Mxfp4Rows())),
+    "Kimi-K3": (KIMI_K3, (IN_ROWS, None, None, IN_ROWS, None, IN_ROWS)),
     "gpt-oss": (GPT_OSS, (None,) * 6),
     "mixed": (MIXED, (
         Nvfp4("_scale", "_global_scale", False, "_packed"), Int8((1, None)), None, Fp8((128, 128), "_scale"),
@@ -79,7 +83,7 @@ def test_published_configurations(release):
 def test_gpt_oss_experts_alone():
     found = parsed(GPT_OSS, PATH)
     names = [f"model.layers.3.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
-    assert formats(found, *names) == (Mxfp4Blocks(), Mxfp4Blocks())
+    assert formats(found, *names) == (IN_BLOCKS, IN_BLOCKS)
     assert formats(found, f"{names[0]}_bias", "model.layers.3.mlp.router.weight") == (None, None)
 
 

@@ -10,7 +10,7 @@ from jmoe_kernels.quantised import Coding, Quantised, dequantised
 from support.models import word_packings as words
 from support.models.quantised_pair import assert_equal_logits, load, opened, rewrite, write_pair
 
-from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.hf.reader import HFCheckpoint
 from jmoe.checkpoint.layouts import entries
 from jmoe.checkpoint.quantised.formats import StoredParam
 from jmoe.checkpoint.quantised.formats.awq import Awq
@@ -98,6 +98,26 @@ def test_columns_in_another_order_are_read_but_not_kept_coded(tmp_path, bits, sy
         now = found(checkpoint, stored)
         assert now.coding is None
         assert_bits(now.read(checkpoint, "x.weight", None, SHAPE), other.numbers)
+
+
+def test_biases_of_zeros_that_the_model_does_not_have_are_not_read(tmp_path):
+    """Old releases of AutoGPTQ write one for every layer that they quantise."""
+
+    def write(module: str, shape: tuple[int, int]):
+        weight = words.random_codes(rng(), shape)
+        return words.gptq(weight) | {"bias": np.zeros(shape[0], np.float16)}, weight.numbers
+
+    tensors = write_pair(tmp_path, GPTQ, write)
+    assert_equal_logits(tmp_path)
+    name = "model.layers.1.self_attn.q_proj.bias"
+    tensors[name][5] = -0.5
+    rewrite(tmp_path / "coded", tensors)
+    with pytest.raises(ValueError, match=rf"'{name}' has the number -0.5; the model has no such bias"):
+        load(tmp_path / "coded")
+    tensors["model.layers.1.mlp.gate.bias"] = tensors.pop(name) * 0  # of a plain layer
+    rewrite(tmp_path / "coded", tensors)
+    with pytest.raises(ValueError, match=r"'model.layers.1.mlp.gate.bias' is not one of Qwen3Moe"):
+        load(tmp_path / "coded")
 
 
 def _with(weight: words.Codes, changes: dict, pack=words.gptq) -> dict[str, np.ndarray]:

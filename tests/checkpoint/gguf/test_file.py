@@ -20,6 +20,7 @@ from jmoe.checkpoint.gguf.file import open_gguf
 from jmoe.checkpoint.load import match, read_param
 from jmoe.checkpoint.quantised.codings import read_codings
 from jmoe.checkpoint.source import source_of
+from jmoe.checkpoint.workers import Workers
 from jmoe.config.moe import MoEConfig
 from jmoe.engine.text.codec import load_codec
 from jmoe.mesh import make_mesh
@@ -175,10 +176,10 @@ def read_all(path: Path) -> None:
     """Does everything that a start does, except to put arrays on devices."""
     cfg = read_config(path)
     blueprint = make_blueprint(cfg, MoEConfig(), make_mesh(devices=ONE), read_codings(path, cfg))
-    with source_of(path).open() as checkpoint:
+    with source_of(path).open() as checkpoint, Workers() as workers:
         _, specs, table = match(checkpoint, blueprint, own_dtypes=True)
         for name, spec in specs.items():
-            read_param(checkpoint, spec, table[name])
+            read_param(checkpoint, spec, table[name], workers)
     load_codec(path, cfg.vocab_size)
     load_chat_template(path)
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 
 import jax
@@ -12,8 +13,9 @@ from support.models import hf_tiny
 from support.models.gguf_models import ARCHITECTURES, gguf, merged, tensors, write_gguf
 
 from jmoe import LLM
-from jmoe.checkpoint import convert, read_config
+from jmoe.checkpoint import convert, load_model, read_config
 from jmoe.checkpoint.gguf.blocks import FORMATS
+from jmoe.checkpoint.gguf.file import GgufHeader, read_header
 from jmoe.checkpoint.params import abstract_decoder
 from jmoe.checkpoint.quantised.codings import read_codings
 from jmoe.checkpoint.source import source_of
@@ -214,6 +216,47 @@ def test_a_split_model_is_read_from_its_first_part_or_its_directory(tmp_path: Pa
     parts[-1].unlink()
     with pytest.raises(ValueError, match="is missing"):
         read_config(parts[0])
+
+
+def test_a_load_parses_every_header_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Configuration, codings, weights and tokenizer come from one parse of each file."""
+    directory, folder, parsed = golden("qwen3_moe", tmp_path / "hf"), tmp_path / "split", []
+    folder.mkdir()
+    write_gguf(directory, folder / "m.gguf", split=9)
+
+    def counted(file: FileIO) -> GgufHeader:
+        parsed.append(Path(str(file.name)).name)
+        return read_header(file)
+
+    monkeypatch.setattr("jmoe.checkpoint.gguf.file.read_header", counted)
+    logits(folder)
+    parts = sorted(path.name for path in folder.iterdir())
+    assert sorted(parsed) == parts
+    parsed.clear()
+    convert(folder, tmp_path / "orbax")
+    assert sorted(parsed) == parts
+    load_model(folder, make_mesh(devices=jax.devices()[:1]))
+    assert sorted(parsed) == sorted([*parts, *parts])
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path):
+    write_gguf(golden("qwen3_moe", tmp_path / "hf"), tmp_path / "m.gguf")
+    source = source_of(tmp_path / "m.gguf")
+    read_config(source)
+    with open(tmp_path / "m.gguf", "ab") as file:
+        file.write(bytes(8))
+    with pytest.raises(ValueError, match=r"m\.gguf: was changed while the model was read"):
+        source.open()
+
+
+def test_a_wrong_shape_is_refused_by_the_metadata(tmp_path: Path):
+    directory = golden("qwen3_moe", tmp_path / "hf")
+    config = json.loads((directory / "config.json").read_text())
+    config["moe_intermediate_size"] += 8
+    (directory / "config.json").write_text(json.dumps(config))
+    write_gguf(directory, tmp_path / "m.gguf")
+    with pytest.raises(ValueError, match=r"_exps.weight' must be \[.*\] by the metadata of m.gguf, it is \["):
+        load_model(tmp_path / "m.gguf", make_mesh(devices=jax.devices()[:1]))
 
 
 def test_a_directory_with_several_models_is_refused(tmp_path: Path):

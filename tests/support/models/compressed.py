@@ -20,7 +20,7 @@ from jmoe_kernels.quantised import Coding, dequantised
 from safetensors.numpy import save_file
 from support.models import hf_tiny
 
-from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.hf.reader import HFCheckpoint
 from jmoe.checkpoint.params import ParamSpec
 from jmoe.checkpoint.quantised.formats import StoredParam
 from jmoe.checkpoint.quantised.quantisation import parsed
@@ -306,7 +306,7 @@ def read_weight(
     """Returns how a weight is kept in memory and its numbers, both as it is kept and read into plain numbers,
     which are the same."""
     with stored_weight(directory, tensors, config, shape) as (checkpoint, param, spec):
-        check_shapes(checkpoint.tensors, {"p": [param]}, {"p": spec})
+        check_shapes(checkpoint, {"p": [param]}, {"p": spec})
         assert param.format is not None
         coded = jax.tree.map(
             lambda array: np.empty(array.shape, array.dtype), param.format.coding.shapes(shape)

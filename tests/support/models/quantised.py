@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from jmoe_kernels.quantised import Quantised, dequantised
 
-from jmoe.checkpoint.hf_writer import canonical
+from jmoe.checkpoint.hf.writer import canonical
 from jmoe.models.decoder import Decoder
 
 

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from support.models import hf_tiny
 
 from jmoe.checkpoint import load_model
-from jmoe.checkpoint.hf_reader import HFCheckpoint
+from jmoe.checkpoint.hf.reader import HFCheckpoint
 from jmoe.config.moe import MoEConfig
 from jmoe.mesh import make_mesh
 from jmoe.models.decoder import Decoder

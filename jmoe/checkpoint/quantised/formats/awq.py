@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised, Scales
 
-from jmoe.checkpoint.hf_reader import Checkpoint
+from jmoe.checkpoint.checkpoint import Checkpoint
 from jmoe.checkpoint.quantised.formats.format import Format, StoredEntry, check_finite, read_array
 from jmoe.checkpoint.quantised.formats.gptq import (
     KEPT,

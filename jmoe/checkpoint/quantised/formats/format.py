@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised
 
-from jmoe.checkpoint.hf_reader import Checkpoint
+from jmoe.checkpoint.checkpoint import Checkpoint
 from jmoe.checkpoint.safetensors_file import ARRAY_DTYPES, TensorInfo
 from jmoe.config.units import brief
 from jmoe.models.weights import StoredTensor
@@ -60,6 +60,10 @@ class Format(ABC):
     @abstractmethod
     def tensor_names(self, name: str) -> tuple[str, ...]:
         """Returns the names of the tensors that store a weight; the first holds the codes."""
+
+    def zero_biases(self, name: str) -> tuple[str, ...]:
+        """Returns the names of biases that a writer adds to a weight even if its model has none: zeros."""
+        return ()
 
     def of_tensors(self, name: str, tensors: Mapping[str, TensorInfo]) -> Self:
         """Returns the format with what only the tensors of a weight say, such as the dtype of its scales."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised, Scales, exponent_scales
 
-from jmoe.checkpoint.hf_reader import Checkpoint
+from jmoe.checkpoint.checkpoint import Checkpoint
 from jmoe.checkpoint.quantised.formats.format import Format, StoredEntry, check_finite, read_array
 from jmoe.checkpoint.quantised.formats.grids import Block, by_row, check_groups, grid_shape
 from jmoe.checkpoint.quantised.formats.mxfp4 import check_exponents

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 from jmoe_kernels.quantised import Code, Coding, Quantised, Scales
 
-from jmoe.checkpoint.hf_reader import Checkpoint
+from jmoe.checkpoint.checkpoint import Checkpoint
 from jmoe.checkpoint.quantised.formats.format import Format, StoredEntry, check_finite, read_array
 from jmoe.checkpoint.safetensors_file import TensorInfo
 from jmoe.config.units import brief
@@ -73,6 +73,10 @@ class Gptq(Format):
     def tensor_names(self, name: str) -> tuple[str, ...]:
         parts = ("qweight", "qzeros", "scales") + (() if self.order == "none" else ("g_idx",))
         return tuple(f"{_stem(name)}.{part}" for part in parts)
+
+    def zero_biases(self, name: str) -> tuple[str, ...]:
+        """Returns the bias of a layer: old releases of AutoGPTQ write one for every layer."""
+        return (f"{_stem(name)}.bias",)
 
     def entries(self, name: str, shape: tuple[int, ...]) -> tuple[StoredEntry, ...]:
         check_words(name, shape, 32 // self.bits)

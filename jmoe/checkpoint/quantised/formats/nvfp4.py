@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from jmoe_kernels.quantised import Coding, Quantised
 
-from jmoe.checkpoint.hf_reader import Checkpoint
+from jmoe.checkpoint.checkpoint import Checkpoint
 from jmoe.checkpoint.quantised.formats.format import Format, StoredEntry, check_finite, read_array
 from jmoe.config.units import brief
 

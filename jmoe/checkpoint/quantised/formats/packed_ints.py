@@ -6,18 +6,16 @@ the codes. So the bytes of the words are the nibbles of "int4", and those of "in
 """
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
-from jmoe_kernels.quantised import Coding, Quantised, Scales
+from jmoe_kernels.quantised import Code, Quantised
 
-from jmoe.checkpoint.hf_reader import Checkpoint
-from jmoe.checkpoint.quantised.formats.format import Format, StoredEntry, check_finite, read_array
-from jmoe.checkpoint.quantised.formats.grids import FLOAT_SCALES, Block, by_row, check_groups, grid_shape
-from jmoe.checkpoint.quantised.formats.int8 import SCALE, ZERO, scales_in_memory
-from jmoe.checkpoint.safetensors_file import TensorInfo
+from jmoe.checkpoint.checkpoint import Checkpoint
+from jmoe.checkpoint.quantised.formats.format import StoredEntry, check_finite, read_array
+from jmoe.checkpoint.quantised.formats.grids import FLOAT_SCALES, check_groups, grid_shape
+from jmoe.checkpoint.quantised.formats.int8 import SCALE, ZERO, ScaledInts
 from jmoe.config.units import brief
 
 CODES, SHAPE = "_packed", "_shape"
@@ -26,28 +24,19 @@ SIGN = np.uint8(0x80)
 
 
 @dataclass(frozen=True)
-class PackedInts(Format):
-    """Words ``[..., out, in * bits / 32]``: a number is ``(code - zero point) * scale``.
+class PackedInts(ScaledInts):
+    """Words ``[..., out, in * bits / 32]``. Zero points are packed along ``out``; without them the zero point
+    is the middle code.
 
     bits: bits of a code.
-    block: rows and columns that share a scale.
-    has_zeros: whether there are zero points, packed along ``out``; without them the zero point is the middle
-        code.
-    scales: dtype of the scales in memory.
     """
 
-    bits: Literal[4, 8]
-    block: Block
-    has_zeros: bool = False
-    scales: Scales = "float32"
+    bits: Literal[4, 8] = 8
     name: ClassVar[str] = "packed integers"
 
     @property
-    def coding(self) -> Coding:
-        return Coding("int4" if self.bits == 4 else "int8", self.block[1], self.scales, self.has_zeros)
-
-    def of_tensors(self, name: str, tensors: Mapping[str, TensorInfo]) -> Self:
-        return replace(self, scales=scales_in_memory(name + SCALE, tensors, self.has_zeros))
+    def code(self) -> Code:
+        return "int4" if self.bits == 4 else "int8"
 
     def tensor_names(self, name: str) -> tuple[str, ...]:
         return (name + CODES, name + SCALE, name + SHAPE, *[name + ZERO] * self.has_zeros)
@@ -71,19 +60,13 @@ class PackedInts(Format):
         if tuple(stated.tolist()) != shape:
             raise ValueError(
                 f"{checkpoint.tensors[name + SHAPE].file}: tensor {brief(name + SHAPE)} says "
-                f"{stated.tolist()}, config.json says {list(shape)}"
+                f"{stated.tolist()}, {checkpoint.sizes_source} says {list(shape)}"
             )
         check_finite(checkpoint, name + SCALE, scales)
         codes = _bytes(words)[..., : shape[-1] * self.bits // 8]
         values = codes if self.bits == 4 else (codes ^ SIGN).view(np.int8)
         lows = self._lows(zeros[0], scales, shape) if zeros else None
-        return Quantised(
-            np.ascontiguousarray(values),
-            by_row(scales.astype(self.coding.scales), shape, self.block),
-            lows,
-            self.coding,
-            "float32",
-        )
+        return self.weight(np.ascontiguousarray(values), scales, lows, shape)
 
     def _lows(self, words: np.ndarray, scales: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """Returns the lows ``[..., out, groups]`` that zero points make."""
@@ -92,7 +75,7 @@ class PackedInts(Format):
             codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
         zeros = codes[..., : shape[-2]].swapaxes(-1, -2).astype(np.float32)
         middle = np.float32(1 << (self.bits - 1))
-        return np.ascontiguousarray((middle - zeros) * scales.astype(np.float32))
+        return (middle - zeros) * scales.astype(np.float32)
 
     def _words(self, count: int) -> int:
         return -(-count * self.bits // WORD)

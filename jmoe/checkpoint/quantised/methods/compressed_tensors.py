@@ -10,7 +10,7 @@ from jmoe.checkpoint.quantised.formats import Format
 from jmoe.checkpoint.quantised.formats.fp8 import Fp8
 from jmoe.checkpoint.quantised.formats.grids import LARGEST, Block
 from jmoe.checkpoint.quantised.formats.int8 import Int8
-from jmoe.checkpoint.quantised.formats.mxfp4 import Mxfp4Rows
+from jmoe.checkpoint.quantised.formats.mxfp4 import IN_ROWS
 from jmoe.checkpoint.quantised.formats.nvfp4 import Nvfp4
 from jmoe.checkpoint.quantised.formats.packed_ints import PackedInts
 from jmoe.checkpoint.quantised.methods.method import Method, Rule
@@ -199,7 +199,7 @@ MX: dict[str, tuple[Any, ...]] = {
 FORMATS: dict[str, tuple[dict[str, tuple[Any, ...]], Callable[[Weights], Format]]] = {
     "pack-quantized": (
         {"type": ("int",), "strategy": ("tensor", "channel", "group"), "scale_dtype": FLOAT_SCALE},
-        lambda weights: PackedInts(weights.num_bits, weights.block, not weights.symmetric),
+        lambda weights: PackedInts(weights.block, not weights.symmetric, bits=weights.num_bits),
     ),
     "int-quantized": (
         {"type": ("int",), "strategy": NO_TENSOR_GROUP, "scale_dtype": FLOAT_SCALE},
@@ -220,7 +220,7 @@ FORMATS: dict[str, tuple[dict[str, tuple[Any, ...]], Callable[[Weights], Format]
         },
         lambda weights: Nvfp4("_scale", "_global_scale", multiplies=False, codes="_packed"),
     ),
-    "mxfp4-pack-quantized": (MX | {"num_bits": (4,)}, lambda weights: Mxfp4Rows()),
+    "mxfp4-pack-quantized": (MX | {"num_bits": (4,)}, lambda weights: IN_ROWS),
     "mxfp8-quantized": (
         MX | {"num_bits": (8,)},
         lambda weights: Fp8(weights.block, "_scale", keeps_bytes=True),

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jmoe.checkpoint.quantised.formats.mxfp4 import Mxfp4Blocks
+from jmoe.checkpoint.quantised.formats.mxfp4 import IN_BLOCKS
 from jmoe.checkpoint.quantised.methods.method import Method, Rule
 from jmoe.checkpoint.quantised.methods.patterns import matcher, patterns
 
@@ -13,7 +13,7 @@ EXPERTS = matcher("re:.*\\.experts\\.(gate_up|down)_proj$")
 def rules(config: Mapping[str, Any]) -> Iterator[Rule]:
     for entry in patterns(config, "modules_to_not_convert"):
         yield Rule(matcher(entry), None, f"modules_to_not_convert: {entry!r}")
-    yield Rule(EXPERTS, Mxfp4Blocks(), "quant_method 'mxfp4'")
+    yield Rule(EXPERTS, IN_BLOCKS, "quant_method 'mxfp4'")
 
 
 METHOD = Method("mxfp4", rules)

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from jmoe.checkpoint.hf_reader import all_finite
+from jmoe.checkpoint.checkpoint import all_finite
 from jmoe.checkpoint.params import abstract_decoder, dotted, tensors_by_path
 from jmoe.checkpoint.safetensors_file import DTYPES, encode_header
 from jmoe.config.model import ModelConfig

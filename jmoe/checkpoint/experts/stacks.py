@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jmoe.checkpoint.hf_reader import aligned_empty
+from jmoe.checkpoint.checkpoint import aligned_empty
 from jmoe.checkpoint.params import ParamSpec, in_layer
 from jmoe.checkpoint.quantised.formats import StoredParam
 from jmoe.moe.expert_leaves import LEAVES

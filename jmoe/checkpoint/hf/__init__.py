@@ -1,0 +1,1 @@
+"""Hugging Face directories: ``reader`` finds the tensors of one, ``writer`` makes one."""
