@@ -66,9 +66,7 @@ def measure_forms(args: argparse.Namespace, dims: tuple[int, int, int], isa: str
         for activations in ("auto",) if coding is None else ("auto", "int8"):
             bandwidth = read_bandwidth(largest, args.threads)  # of gate and up, and of down
             speeds = [measure(weights, n, activations, stored, args.seconds) for n in rows]
-            cells = [
-                f"{s.weights / 1e9:.1f} ({s.read / 1e9:.1f}, {s.read / bandwidth:.0%})" for s in speeds
-            ]
+            cells = [f"{s.weights / 1e9:.1f} ({s.read / 1e9:.1f}, {s.read / bandwidth:.0%})" for s in speeds]
             print(f"| {name} | {activations} | " + " | ".join(cells) + " |", flush=True)
             found.append({
                 "form": name, "activations": activations, "rows": rows, "bandwidth": bandwidth,

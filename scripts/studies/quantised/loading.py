@@ -4,6 +4,7 @@ The experts are split over the ranks; attention is whole on each, as the engine 
 are those that the engine reads from the checkpoints' own ``quantization_config``.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +78,7 @@ def model_bytes(model: Published) -> dict[str, list[int]]:
 def published_codings(cfg: ModelConfig, quantization: dict[str, Any]) -> Codings:
     """Returns how the engine keeps each parameter of a checkpoint with that ``quantization_config``."""
     rules = parsed(quantization, Path("config.json"))
+    cfg = replace(cfg, quant_method=quantization["quant_method"])
     params = []
     for stored in get_family(cfg.architecture).names(cfg):
         rule = rules.rule_of(stored.name)

@@ -100,9 +100,7 @@ def losses(model: str, form: Form, windows_NL: Int[np.ndarray, "N L"]) -> Float[
             plain, directory = directory, Path(stack.enter_context(tempfile.TemporaryDirectory()))
             write_quantised(plain, directory, form.stored)
         settings = {"max_model_len": windows_NL.shape[1], "max_num_seqs": 8, "enable_prefix_caching": False}
-        llm = stack.enter_context(
-            LLM(directory, dtype="bfloat16", warm_up=False, **settings, **form.options)
-        )
+        llm = stack.enter_context(LLM(directory, dtype="bfloat16", warm_up=False, **settings, **form.options))
         found = llm.generate(windows_NL.tolist(), SCORED)
     scores = [[token.logprob for token in each.prompt_logprobs or () if token] for each in found]
     return -np.array(scores, np.float64).mean(axis=1)

@@ -1,8 +1,8 @@
-"""Quantised weights on a CPU: speed, quality, memory and start, compared with bfloat16 and with other engines.
+"""Quantised weights on a CPU: speed, quality, memory and start, beside bfloat16 and other engines.
 
-Parts: speed (whole model beside llama.cpp, for the cores of --threads), vllm (servers), streaming (the experts'
-kernel alone), quality (perplexity of the bundled model), loading (bytes on a rank, by shapes), start (of the
-server). All but quality and loading need an idle machine.
+Parts: speed (whole model beside llama.cpp, for the cores of --threads), vllm (servers), streaming (the
+experts' kernel alone), quality (perplexity of the bundled model), loading (bytes on a rank, by shapes), start
+(of the server). All but quality and loading need an idle machine.
 """
 
 import argparse
@@ -22,6 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--batches", type=size, nargs="+", default=[1, 8, 32], help="speed, vllm: decode rows")
     types = "speed: llama.cpp's types of files; none leaves it out"
     add("--types", nargs="*", default=["bf16", "q8_0", "q4_0", "q4_K_M"], help=types)
+    add("--served", nargs="+", choices=("bfloat16", "int8"), default=["bfloat16", "int8"], help="vllm: forms")
     add("--seconds", type=float, default=1.0, help="streaming: time of a measurement")
     add("--model", default="tiny", help="quality: the model")
     add("--tokens", type=size, default=4096, help="quality: tokens scored in a domain")
@@ -75,7 +76,7 @@ STUDY = Study(
     __doc__ or "",
     (
         Part("speed", speed, "", ("sizes", "rounds", "prompt", "context", "new", "batches", "types")),
-        Part("vllm", vllm, "", ("sizes", "rounds", "prompt", "context", "new", "batches")),
+        Part("vllm", vllm, "", ("sizes", "rounds", "prompt", "context", "new", "batches", "served")),
         Part("streaming", streaming, "", ("sizes", "seconds")),
         Part("quality", quality, "valid", ("model", "tokens", "length", "forms")),
         Part("loading", loading),
