@@ -86,7 +86,7 @@ COMMANDS: dict[str, list[Command]] = {
         Command("scripts/study.py ttft --model {sizes} --dry"),
         Command("scripts/study.py quantised --parts speed --dry --sizes {sizes} --types --threads 1"),
         Command("scripts/study.py quantised --parts streaming vllm start --dry --sizes {sizes} --threads 1"),
-        Command(f"scripts/study.py quantised {DRY} --parts quality loading"),
+        Command("scripts/study.py quantised --data {data} --parts quality loading --dry --threads 1"),
         Command(f"scripts/study.py reproducibility --prompts 2 --max-tokens 2 --dtype float32 {OUT}"),
     ],
     "scripts/bench_cpu_kernels.py": [

@@ -24,7 +24,7 @@ from jmoe.engine.deployment.settings import model_directory
 from jmoe.engine.request import SamplingParams
 
 PLAIN = "bfloat16"
-SMALLEST = {"tokens": 64, "length": 32, "forms": [PLAIN, "int8", "int4, 128", "KV int8"]}
+SMALLEST = {"tokens": 64, "length": 32, "forms": [PLAIN, "int4, 128", "KV int8"]}
 SCORED = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0)
 
 

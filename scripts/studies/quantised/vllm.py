@@ -44,6 +44,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any] | None:
             figures = compare(args, directory, folder / "words.txt", OPTIONS[form])
             if figures is None:
                 return None
+            del figures["command"]  # it names the temporary checkpoint
             found[form] = figures | {"model": args.sizes.stem}
     return {"forms": found}
 
