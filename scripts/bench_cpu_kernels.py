@@ -8,7 +8,8 @@ thread a core. "xla" is the portable form of the same layer. Medians of paired r
 machine.
 
 With ``--forms`` it prints instead what every form of quantised weights reaches, by rows an expert: weights
-per second and stored bytes per second; the best of the runs of some seconds.
+per second, stored bytes per second, and these as a share of the read bandwidth, which is measured on the same
+weights just before; the best of the runs of some seconds.
 """
 
 import argparse
@@ -29,6 +30,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--forms", action="store_true", help="measure the forms of quantised weights")
     parser.add_argument("--megabytes", type=int, default=384, help="with --forms: stored bytes of a form")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[1, 2, 4, 8, 32, 64], help="with --forms: rows an expert"
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="with --forms: time of a measurement")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args()
@@ -42,29 +46,35 @@ def routed(tokens: int, k: int, allowed: int, seed: int = 0) -> Any:
     return np.stack([rng.permutation(allowed)[:k] for _ in range(tokens)]).astype(np.int32)
 
 
-def measure_forms(args: argparse.Namespace, dims: tuple[int, int, int]) -> None:
+def measure_forms(args: argparse.Namespace, dims: tuple[int, int, int], isa: str) -> None:
     """Prints a table of the forms, with experts of the model's sizes, as many as needed."""
     import jax
+    import numpy as np
     from cpu_kernels.quantised import FORMS, measure, random_experts
+    from shared.layer_timing import read_bandwidth
 
     _, inner, model = dims
-    rows, found = (1, 2, 4, 8, 32, 64), []
-    print("| form | activations | " + " | ".join(f"{n} rows: Gweights/s (GB/s)" for n in rows) + " |")
+    rows, found = args.rows, []
+    print(f"{isa}, {args.threads} threads")
+    print("| form | activations | " + " | ".join(f"{n} rows: Gweights/s (GB/s, share)" for n in rows) + " |")
     print("|---|---|" + "---|" * len(rows))
     for name, coding in FORMS.items():
         one = 3 * inner * model * 2 if coding is None else coding.nbytes((3, inner, model))
         weights = random_experts(coding, (max(2, (args.megabytes << 20) // one), inner, model))
-        stored = sum(a.nbytes for a in jax.tree.leaves(weights))
+        arrays = [np.asarray(a) for a in jax.tree.leaves(weights)]
+        stored, largest = sum(a.nbytes for a in arrays), sorted(arrays, key=lambda a: a.nbytes)[-2:]
         for activations in ("auto",) if coding is None else ("auto", "int8"):
+            bandwidth = read_bandwidth(largest, args.threads)  # of gate and up, and of down
             speeds = [measure(weights, n, activations, stored, args.seconds) for n in rows]
-            cells = [f"{s.weights / 1e9:.1f} ({s.read / 1e9:.1f})" for s in speeds]
+            cells = [f"{s.weights / 1e9:.1f} ({s.read / 1e9:.1f}, {s.read / bandwidth:.0%})" for s in speeds]
             print(f"| {name} | {activations} | " + " | ".join(cells) + " |", flush=True)
-            found.append(
-                {"form": name, "activations": activations, "rows": rows}
-                | {"weights_per_s": [s.weights for s in speeds], "bytes_per_s": [s.read for s in speeds]}
-            )
+            found.append({
+                "form": name, "activations": activations, "rows": rows, "bandwidth": bandwidth,
+                "weights_per_s": [s.weights for s in speeds], "bytes_per_s": [s.read for s in speeds],
+            })  # fmt: skip
     if args.json:
-        args.json.write_text(json.dumps({"threads": args.threads, "forms": found}, indent=1))
+        figures = {"threads": args.threads, "isa": isa, "forms": found}
+        args.json.write_text(json.dumps(figures, indent=1))
 
 
 def main() -> None:
@@ -84,7 +94,7 @@ def main() -> None:
     cfg = ModelConfig.from_dict(read_toml(args.model))
     e, f, d, k = cfg.num_experts, cfg.moe_intermediate_size, cfg.hidden_size, cfg.num_experts_per_tok
     if args.forms:
-        return measure_forms(args, (e, f, d))
+        return measure_forms(args, (e, f, d), library.isa)
     layers = make_layers(cfg, args.layers)
     bandwidth = read_bandwidth([np.asarray(w.gate_up_E2FD) for w in layers], args.threads)
     print(f"{library.isa}, {args.threads} threads; read bandwidth {bandwidth / 1e9:.1f} GB/s")

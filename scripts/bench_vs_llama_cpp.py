@@ -1,4 +1,4 @@
-"""Compares jmoe's speed with llama.cpp's on an OLMoE model: same CPU, weights (bfloat16), prompts and tokens.
+"""Compares jmoe's speed with llama.cpp's on an OLMoE model: same CPU, weights, prompts and tokens.
 
     python3 -m venv PEER
     CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" \\
@@ -9,13 +9,17 @@ Built from source, llama.cpp uses all that this CPU has; the table names the ins
 Its weights are the same ones in its own file format, bfloat16 except norms and router (float32), read as it
 reads them by default, with its default settings (flash attention as it chooses, a float16 cache).
 
-Before anything is timed, the two models' logits after several prompts are compared; if they differ by
-more than bfloat16 rounding does, the script reports it and ends.
+``--quantizations`` and ``--activations`` add jmoe's quantised forms beside bfloat16, ``--types`` names
+llama.cpp's, which it makes from its bfloat16 file itself; ``--types`` without a name leaves it out.
+
+Before anything is timed, every form's logits after several prompts are compared with those of jmoe in
+bfloat16; if they differ by more than the form's rounding does (``vs_llama_cpp.forms``), the script reports it
+and ends.
 
 Rows: prefill of a long prompt, and decoding at several batch sizes, as ``bench_vs_transformers.py`` has them
-(``shared.protocol``): jmoe and llama.cpp, each in its process on the same cores, run strictly in turn in
-opposite order every other round, and the ratio jmoe / llama.cpp is the median of the rounds' ratios (range).
-llama.cpp continues every sequence by the tokens that jmoe chose, so that both route alike. Its time is that
+(``shared.protocol``): all engines on the same cores, llama.cpp in a process for each form, run strictly in
+turn in opposite order every other round, and a ratio is the median of the rounds' ratios (range). llama.cpp
+continues every sequence by the tokens that jmoe chose in bfloat16, so that both route alike. Its time is that
 of ``llama_decode`` alone, in a context made for the row; jmoe's includes scheduling and sampling.
 
 Prints a table; ``--json`` keeps all samples. Run it on an otherwise idle machine: llama.cpp's OpenMP threads
@@ -27,9 +31,9 @@ import argparse
 import dataclasses
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +42,6 @@ from shared.protocol import (
     JMOE,
     Contender,
     Jmoe,
-    Row,
-    Run,
     Samples,
     add_options,
     check_options,
@@ -49,10 +51,11 @@ from shared.protocol import (
     take_turns,
 )
 from shared.random_checkpoint import checkpoint
+from vs_llama_cpp.client import LlamaCpp
+from vs_llama_cpp.forms import ACTIVATIONS, CORRELATIONS, FILE_TYPES, LLAMA_CPP, forms
 
-LLAMA_CPP = "llama.cpp"
-SCRIPTS, PEER = Path(__file__).parent, "vs_llama_cpp.peer"
 CHECKED = 8  # prompts whose logits are compared before timing
+Peers = dict[str, LlamaCpp]  # by the type of the file
 
 
 def arguments() -> argparse.Namespace:
@@ -60,152 +63,169 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser)
-    parser.add_argument("--llama-python", default=sys.executable, help="interpreter with llama_cpp and gguf")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--llama-python", default=sys.executable, help="interpreter with llama_cpp and gguf")
+    add("--types", nargs="*", choices=FILE_TYPES, default=["bf16"], help="of llama.cpp's files")
+    add("--quantizations", nargs="*", choices=CORRELATIONS, default=[], help="of jmoe, beside bfloat16")
+    add("--activations", nargs="+", choices=ACTIVATIONS, default=["auto"], help="of each quantization")
+    add(
         "--correlation",
         type=float,
-        default=0.99998,
-        help="least median correlation of the logits (random weights; trained ones need a lower one)",
+        help="least median correlation of all logits (random weights have limits; trained ones need lower)",
     )
-    parser.add_argument("--json", type=Path, help="also write settings and all samples here")
+    add("--json", type=Path, help="also write settings and all samples here")
     parser.set_defaults(model="configs/model/olmoe-0.9b.toml", context=128, dtype="bfloat16")
     args = parser.parse_args()
     check_options(parser, args)
     return args
 
 
-class LlamaCpp:
-    """A process of ``vs_llama_cpp.peer`` under ``python``, which answers one call at a time."""
-
-    def __init__(self, python: str):
-        try:
-            self.process = subprocess.Popen(
-                [python, "-m", PEER], cwd=SCRIPTS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-        except OSError as error:
-            raise SystemExit(f"--llama-python {python}: {error.strerror}") from None
-
-    def __enter__(self) -> "LlamaCpp":
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.process.communicate()  # closes its input, which ends it
-
-    def call(self, name: str, **values: Any) -> Any:
-        """Returns the answer to a call. An error of the peer ends this program with the error's line."""
-        assert self.process.stdin and self.process.stdout
-        try:
-            print(json.dumps({"call": name, **values}), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            raise SystemExit("llama.cpp's process has ended") from None
-        line = self.process.stdout.readline()
-        answer = json.loads(line) if line else {"error": "its process has ended"}
-        if "error" in answer:
-            hint = " (how to install it: --help)" if "ModuleNotFound" in answer["error"] else ""
-            raise SystemExit(f"llama.cpp: {answer['error']}{hint}")
-        return answer["result"]
-
-    def contender(self, row: Row, tokens: list[list[int]]) -> Contender:
-        """Returns a contender that runs ``row`` and continues its prompts with ``tokens``."""
-
-        def run(prompts: list[list[int]], new: int) -> Run:
-            return self.call(row.phase, prompts=prompts, tokens=[t[:new] for t in tokens])
-
-        return run
+def load_peers(args: argparse.Namespace, directory: Path, sizes: dict[str, Any], peers: Peers) -> dict:
+    """Makes llama.cpp's files and loads each in its process; returns their bytes by type."""
+    found = {}
+    with tempfile.TemporaryDirectory() as temporary:  # llama.cpp keeps the files mapped
+        plain = Path(temporary) / "bf16.gguf"
+        for name, peer in peers.items():
+            if not plain.exists():
+                peer.call("write", directory=str(directory), file=str(plain), sizes=sizes)
+            file, number = plain, FILE_TYPES[name].number
+            if number is not None:
+                file = Path(temporary) / f"{name}.gguf"
+                where = {"source": str(plain), "file": str(file)}
+                peer.call("quantize", **where, number=number, threads=args.threads)
+            peer.call("load", file=str(file), threads=args.threads)
+            found[f"{LLAMA_CPP} {name}"] = file.stat().st_size
+    return found
 
 
-def check_same_model(
-    ours: Jmoe, theirs: LlamaCpp, prompts: list[list[int]], least: float
-) -> dict[str, float]:
-    """Returns how similar the logits after the prompts are. Ends the program if the models are not the same.
+def engines(args: argparse.Namespace, directory: Path, cfg: Any) -> dict[str, Jmoe]:
+    """Returns an engine of each of jmoe's forms, by name, with room for the rows and no more."""
+    from jmoe.engine.deployment.sizes import PAGE_SIZE
+    from jmoe.mesh import make_mesh, split_attention
+    from jmoe.nn.kinds import page_bytes
 
-    Rounding may change the choice of an expert, so a minority of the prompts may differ by more.
+    longest = max(args.prompt + 1, args.context + args.new)
+    in_batch = max(args.batches, default=1) * -(-(args.context + args.new) // PAGE_SIZE)
+    pages = max(-(-longest // PAGE_SIZE), in_batch)
+    room = pages * page_bytes(cfg, split_attention(make_mesh(), "dp"), PAGE_SIZE)
+    return {
+        form.name: Jmoe(directory, args, kv_memory=room, **form.options)
+        for form in forms(args.quantizations, args.activations)
+    }
+
+
+def compare_logits(
+    args: argparse.Namespace, ours: dict[str, Jmoe], peers: Peers, vocab: int
+) -> dict[str, dict[str, float]]:
+    """Returns how similar each form's logits are to those of jmoe in bfloat16.
+
+    Ends the program if a form does not compute the model. Rounding may change the choice of an expert, so a
+    minority of the prompts may differ by more.
     """
     import numpy as np
 
-    pairs = [(ours.llm.logits(p)[-1], np.array(theirs.call("logits", prompt=p))) for p in prompts]
+    prompts = np.random.default_rng(1).integers(0, vocab, (CHECKED, args.context)).tolist()
+    wanted = [ours[JMOE].llm.logits(prompt)[-1] for prompt in prompts]
+    least = {form.name: form.correlation for form in forms(args.quantizations, args.activations)}
+    found = {name: [ours[name].llm.logits(p)[-1] for p in prompts] for name in ours if name != JMOE}
+    for name, peer in peers.items():
+        found[f"{LLAMA_CPP} {name}"] = [np.array(peer.call("logits", prompt=p)) for p in prompts]
+        least[f"{LLAMA_CPP} {name}"] = FILE_TYPES[name].correlation
+    return {
+        name: similarity(name, wanted, logits, least[name] if args.correlation is None else args.correlation)
+        for name, logits in found.items()
+    }
+
+
+def similarity(name: str, wanted: list[Any], logits: list[Any], least: float) -> dict[str, float]:
+    """Returns the median correlation and the share of equal likeliest tokens; checks the correlation."""
+    import numpy as np
+
+    pairs = list(zip(wanted, logits, strict=True))
     correlation = statistics.median(float(np.corrcoef(a, b)[0, 1]) for a, b in pairs)
     equal = statistics.mean(float(a.argmax() == b.argmax()) for a, b in pairs)
-    if not (correlation >= least and equal > 0.5):
+    if not correlation >= least:
         raise SystemExit(
-            f"llama.cpp does not compute jmoe's model: median correlation of the logits {correlation:.6f} "
+            f"{name} does not compute jmoe's model: median correlation of the logits {correlation:.6f} "
             f"(at least {least}), same likeliest token after {equal:.0%} of the prompts"
         )
     return {"correlation": correlation, "equal_argmax": equal}
 
 
-def measure(args: argparse.Namespace, directory: Path, theirs: LlamaCpp) -> dict[str, Any]:
+def measure(args: argparse.Namespace, directory: Path, peers: Peers) -> dict[str, Any]:
     """Returns what the check found, the samples, the equal tokens and the touched experts."""
-    import numpy as np
-
     from jmoe.checkpoint import read_config
 
     cfg = read_config(directory, args.dtype)
     if cfg.architecture != "OlmoeForCausalLM" or cfg.router.norm_topk_prob:
         raise SystemExit(f"{args.model}: llama.cpp's olmoe is OlmoeForCausalLM with norm_topk_prob false")
-    with tempfile.TemporaryDirectory() as temporary:  # llama.cpp keeps the file mapped
-        file, sizes = Path(temporary) / "model.gguf", dataclasses.asdict(cfg)
-        theirs.call("load", directory=str(directory), file=str(file), sizes=sizes, threads=args.threads)
-    ours = Jmoe(directory, args)
-    prompts = np.random.default_rng(1).integers(0, cfg.vocab_size, (CHECKED, args.context)).tolist()
-    check = check_same_model(ours, theirs, prompts, args.correlation)
+    sizes = load_peers(args, directory, dataclasses.asdict(cfg), peers)
+    ours = engines(args, directory, cfg)
+    check = compare_logits(args, ours, peers, cfg.vocab_size)
     rows = random_rows(args, cfg.vocab_size)
     contenders: dict[str, list[tuple[str, Contender]]] = {}
     for name, row in rows.items():
-        run = getattr(ours, row.phase)
-        _, tokens = run(row.prompts, row.new)
-        contenders[name] = [(JMOE, run), (LLAMA_CPP, theirs.contender(row, tokens))]
+        _, tokens = getattr(ours[JMOE], row.phase)(row.prompts, row.new)
+        contenders[name] = [(form, getattr(engine, row.phase)) for form, engine in ours.items()]
+        contenders[name] += [(f"{LLAMA_CPP} {kind}", peers[kind].contender(row, tokens)) for kind in peers]
     samples, equal = take_turns(rows, contenders, args.rounds)
     for row in rows.values():
         if row.phase == "decode":
-            ours.measure_active(row.prompts, row.new)
-    found = {"check": check, "tokens_per_second": samples, "equal_tokens": equal}
-    return {**found, "active_experts": ours.active}
+            ours[JMOE].measure_active(row.prompts, row.new)
+    return {
+        "check": check, "file_bytes": sizes, "tokens_per_second": samples, "equal_tokens": equal,
+        "active_experts": ours[JMOE].active,
+    }  # fmt: skip
 
 
 def table(heading: str, result: dict[str, Any]) -> str:
-    """Returns the result in Markdown."""
+    """Returns the result in Markdown: a line for each row and each contender other than jmoe in bfloat16."""
     samples: Samples = result["tokens_per_second"]
     lines = [
         f"{heading}\n",
-        "| tokens/s | jmoe | llama.cpp | jmoe / llama.cpp | tokens that llama.cpp would also choose |",
-        "|---|---|---|---|---|",
+        "| tokens/s | contender | jmoe | contender | jmoe / contender | tokens that it would also choose |",
+        "|---|---|---|---|---|---|",
     ]
     for row, speeds in samples.items():
-        ours, theirs = (statistics.median(speeds[name]) for name in (JMOE, LLAMA_CPP))
-        ratio, least, most = paired_ratio(speeds[JMOE], speeds[LLAMA_CPP])
-        alike = result["equal_tokens"][row][LLAMA_CPP]
-        lines.append(
-            f"| {row} | {ours:.1f} | {theirs:.1f} | {ratio:.2f} ({least:.2f}..{most:.2f}) | {alike:.0%} |"
-        )
+        for name in list(speeds)[1:]:
+            ours, theirs = (statistics.median(speeds[each]) for each in (JMOE, name))
+            ratio, least, most = paired_ratio(speeds[JMOE], speeds[name])
+            alike = result["equal_tokens"][row][name]
+            lines.append(
+                f"| {row} | {name} | {ours:.1f} | {theirs:.1f} | {ratio:.2f} ({least:.2f}..{most:.2f}) "
+                f"| {alike:.0%} |"
+            )
     active = ", ".join(f"{count:.1f} at batch {batch}" for batch, count in result["active_experts"].items())
-    check = result["check"]
     lines.append(f"\nExperts a layer and decode step: {active}.")
-    lines.append(
-        f"Logits before timing: median correlation {check['correlation']:.6f}, same likeliest token after "
-        f"{check['equal_argmax']:.0%} of {CHECKED} prompts."
-    )
+    for name, check in result["check"].items():
+        lines.append(
+            f"Logits before timing, {name}: median correlation {check['correlation']:.6f}, same likeliest "
+            f"token after {check['equal_argmax']:.0%} of {CHECKED} prompts."
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
     args = arguments()
-    pin(args.threads)  # the peer inherits it
-    with LlamaCpp(args.llama_python) as theirs:
-        peer = theirs.call("versions")
+    pin(args.threads)  # the peers inherit it
+    with ExitStack() as stack:
+        peers = {name: stack.enter_context(LlamaCpp(args.llama_python)) for name in args.types}
+        versions = next(iter(peers.values())).call("versions") if peers else {}
         import jax
 
         jax.config.update("jax_platforms", "cpu")
         with checkpoint(args.model) as directory:
-            result = measure(args, directory, theirs)
-    versions = {"jax": jax.__version__, **peer}
+            result = measure(args, directory, peers)
     model = Path(args.model).name.removesuffix(".toml")
     heading = (
         f"{model}, {args.dtype}, {args.threads} thread(s), {args.rounds} rounds, {args.context} tokens of "
-        f"context; llama-cpp-python {peer['llama_cpp_python']}, built with {peer['system_info']}"
+        "context"
     )
+    if versions:
+        heading += f"; llama-cpp-python {versions['llama_cpp_python']}, built with {versions['system_info']}"
     print(table(heading, result))
     if args.json:
+        versions = {"jax": jax.__version__, **versions}
         report = {"model": model, "settings": settings(args), "versions": versions, **result}
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 

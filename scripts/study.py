@@ -20,6 +20,7 @@ from shared.results import draw_plots, dumps
 from studies.binning.study import STUDY as BINNING
 from studies.capacity.study import STUDY as CAPACITY
 from studies.offload.study import STUDY as OFFLOAD
+from studies.quantised.study import STUDY as QUANTISED
 from studies.record import Part, Results, Study
 from studies.reproducibility.study import STUDY as REPRODUCIBILITY
 from studies.serving.study import STUDY as SERVING
@@ -29,7 +30,7 @@ from studies.ttft.study import STUDY as TTFT
 
 ROOT = Path(__file__).parents[1]
 TECHNIQUES = (BINNING, CAPACITY, SHUFFLE, OFFLOAD, TOGETHER)
-STUDIES = {study.name: study for study in (*TECHNIQUES, SERVING, TTFT, REPRODUCIBILITY)}
+STUDIES = {study.name: study for study in (*TECHNIQUES, SERVING, TTFT, REPRODUCIBILITY, QUANTISED)}
 RAW = argparse.RawDescriptionHelpFormatter
 
 

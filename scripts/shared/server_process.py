@@ -83,5 +83,5 @@ def wait_for(served: Served, log: Path, seconds: float = 300) -> None:
     while time.monotonic() < end and served.process.poll() is None:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{served.url}/health", timeout=2):
             return
-        time.sleep(0.3)
+        time.sleep(0.05)
     raise SystemExit(f"{served.url} does not serve: {log.read_text(errors='replace')[-1000:]}")

@@ -52,9 +52,19 @@ class Peer:
             "system_info": self.lib.llama_print_system_info().decode().strip(" |\n"),
         }
 
-    def load(self, directory: str, file: str, sizes: dict[str, Any], threads: int) -> None:
-        """Writes the checkpoint of ``directory`` to ``file`` for llama.cpp and loads it."""
+    def write(self, directory: str, file: str, sizes: dict[str, Any]) -> None:
+        """Writes the bfloat16 checkpoint of ``directory`` to ``file`` for llama.cpp."""
         write_olmoe_gguf(Path(directory), Path(file), sizes)
+
+    def quantize(self, source: str, file: str, number: int, threads: int) -> None:
+        """Writes ``source`` to ``file`` in llama.cpp's type of that number."""
+        params = self.lib.llama_model_quantize_default_params()
+        params.ftype, params.nthread = number, threads
+        if status := self.lib.llama_model_quantize(source.encode(), file.encode(), params):
+            raise RuntimeError(f"llama_model_quantize returned {status} for type {number}")
+
+    def load(self, file: str, threads: int) -> None:
+        """Loads a file."""
         self.threads = threads
         params = self.lib.llama_model_default_params()
         params.n_gpu_layers = 0

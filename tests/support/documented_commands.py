@@ -44,7 +44,7 @@ COMMANDS: dict[str, list[Command]] = {
     "scripts/bench_vs_llama_cpp.py": [
         Command(
             f"scripts/bench_vs_llama_cpp.py --model {{sizes}} {SMALL} --prompt 8 --batches 1 "
-            "--correlation 0.99",
+            "--correlation 0.5 --types bf16 q8_0 q4_0 q4_K_M --quantizations int8",
             needs=("llama_cpp", "gguf"),
         ),
         Command(
@@ -84,6 +84,9 @@ COMMANDS: dict[str, list[Command]] = {
         ),
         Command("scripts/study.py serving --parts host --sizes {sizes} --dry"),
         Command("scripts/study.py ttft --model {sizes} --dry"),
+        Command("scripts/study.py quantised --parts speed --dry --sizes {sizes} --types --threads 1"),
+        Command("scripts/study.py quantised --parts streaming vllm start --dry --sizes {sizes} --threads 1"),
+        Command("scripts/study.py quantised --data {data} --parts quality loading --dry --threads 1"),
         Command(f"scripts/study.py reproducibility --prompts 2 --max-tokens 2 --dtype float32 {OUT}"),
     ],
     "scripts/bench_cpu_kernels.py": [

@@ -12,8 +12,8 @@ from studies.record import OLMOE, Part, Results, Study, at_least
 
 DTYPES = ("auto", "float32", "bfloat16")
 COMPARED = (  # the options of a comparison with a peer
-    "model", "dtype", "rounds", "concurrency", "requests", "input_len", "output_len", "prompt_text",
-    "jmoe_options", "peer_options",
+    "model", "dtype", "rounds", "concurrency", "requests", "input_len", "output_len", "prefill_len",
+    "prompt_text", "jmoe_options", "peer_options",
 )  # fmt: skip
 
 
@@ -28,6 +28,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--requests", type=size, help="transformers, vllm: of a round; by default 4 times the concurrency")
     add("--input-len", type=size, default=64, help="transformers, vllm: words of a prompt")
     add("--output-len", type=at_least(2), default=64, help="transformers, vllm: tokens of an answer")
+    add(
+        "--prefill-len",
+        type=size,
+        help="transformers, vllm: words of a prompt of one more row, one at a time",
+    )
     add("--prompt-text", type=Path, nargs="*", default=[], help="transformers, vllm: prompts are cut from it")
     add("--jmoe-options", default="", help="transformers, vllm: further flags of jmoe serve, in one word")
     add("--peer-options", default="", help="transformers, vllm: further flags of the peer, in one word")

@@ -5,7 +5,7 @@ Both servers have a copy of the checkpoint without end-of-text tokens (``transfo
 serve`` sends the same prompts to both. Rounds alternate, in opposite order every other one; while one server
 is measured the other's processes are stopped. Each round has prompts of its own, so that no cache of prefixes
 knows them. Token counts must be equal on both sides. Ratios are the median of the rounds' ratios and their
-range.
+range. ``--prefill-len`` adds one request at a time with a prompt of so many words and two tokens of answer.
 """
 
 import argparse
@@ -48,7 +48,8 @@ def compare(name: str, peer: Peer, args: argparse.Namespace) -> dict[str, Any] |
         folder.mkdir()
         copy_without_ends(model_directory(args.model), folder)
         ports = free_port(), free_port()
-        load = Load(max(args.concurrency), args.input_len, args.output_len, args.dtype)
+        longest = max(args.input_len, args.prefill_len or 0)
+        load = Load(max(args.concurrency), longest, args.output_len, args.dtype)
         ours = jmoe_words(args, folder, ports[0])
         theirs = [command, *peer.words(folder, ports[1], load), *shlex.split(args.peer_options)]
         alike: dict[str, Any] = {"model": str(folder), "prompt_form": peer.prompt_form}
@@ -62,6 +63,7 @@ def compare(name: str, peer: Peer, args: argparse.Namespace) -> dict[str, Any] |
             for served in servers.values():
                 served.signal(signal.SIGSTOP)
             rows = {str(count): take_turns(servers, args, count) for count in args.concurrency}
+            prefill = {} if args.prefill_len is None else take_turns(servers, prefill_options(args), 1)
     return {
         **machine(("jax", *peer.packages), python=Path(command).resolve().parent / "python"),
         "model": args.model,
@@ -69,6 +71,7 @@ def compare(name: str, peer: Peer, args: argparse.Namespace) -> dict[str, Any] |
         "settings": {key: getattr(args, key) for key in ("requests", "input_len", "output_len", "rounds")},
         "flags": {"jmoe": args.jmoe_options, name: " ".join(peer.shown(theirs[1:]))},
         "rows": rows,
+        **({"prefill": {"input_len": args.prefill_len, **prefill}} if prefill else {}),
     }
 
 
@@ -98,6 +101,12 @@ def jmoe_words(args: argparse.Namespace, directory: Path, port: int) -> list[str
 
 
 # ---- turns
+
+
+def prefill_options(args: argparse.Namespace) -> argparse.Namespace:
+    """Returns the options of the row that prefills: long prompts, the shortest answers that have a rest."""
+    lengths = {"input_len": args.prefill_len, "output_len": 2, "requests": args.requests or 4}
+    return argparse.Namespace(**vars(args) | lengths)
 
 
 def measured(

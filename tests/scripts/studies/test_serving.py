@@ -11,7 +11,7 @@ from paper_table import filled, shown
 from studies.serving import traces, transformers, vllm
 from studies.serving.peers import Load
 from studies.serving.study import STUDY as SERVING
-from studies.serving.turns import copy_without_ends
+from studies.serving.turns import copy_without_ends, prefill_options
 from studies.ttft import cases
 from studies.ttft.study import STUDY as TTFT
 
@@ -102,6 +102,16 @@ def test_the_page_has_every_part_that_was_measured():
     assert "takes 2.0% more than its programs alone: the target of less than 5% is met" in page
     assert "jmoe compared with `transformers serve" in page
     assert "vllm" not in page and "Recorded arrivals" not in page
+
+
+def test_a_prefill_row_has_its_own_lengths_and_table():
+    args = argparse.Namespace(input_len=16, output_len=32, prefill_len=512, requests=None)
+    alone = prefill_options(args)
+    assert (alone.input_len, alone.output_len, alone.requests) == (512, 2, 4) and args.input_len == 16
+    figures = serving(320, 100, 9)
+    figures["prefill"] = {"input_len": 512, **figures["rows"]["32"]}
+    page = SERVING.document({"transformers": figures})
+    assert "prompts of 512 words and answers of two tokens" in page and page.count("| 320.0 | 100.0 |") == 2
 
 
 def test_recorded_arrivals_have_a_row_a_server_and_a_line_of_what_a_lossy_one_costs():
