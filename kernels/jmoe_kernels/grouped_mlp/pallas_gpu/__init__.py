@@ -30,11 +30,13 @@ from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
     windows,
 )
 from jmoe_kernels.grouped_mlp.types import ExpertWeights
+from jmoe_kernels.quantised import Coding, coding_of
 from jmoe_kernels.settings import Activation
 
 UNIT = (
     64  # the least weight tile and contraction step: M of wgmma, and 128 bytes of bfloat16 for TMA's swizzle
 )
+LAYOUT_CODES = ("int8", "int4", "e4m3", "e2m1")
 
 __all__ = ["BlockSizes", "grouped_mlp_pallas_gpu", "limit"]
 
@@ -42,11 +44,11 @@ __all__ = ["BlockSizes", "grouped_mlp_pallas_gpu", "limit"]
 def limit(weights: ExpertWeights, rows: int, activation: str) -> str | None:
     """Returns why the kernels cannot run on these static shapes and dtypes, or None if they can."""
     experts, inner, model = weights.dims
-    if coding := next(filter(None, weights.codings), None):
-        return f"weights must be bfloat16, they are quantised ({coding})"
     for name, array in (("gate_up", weights.gate_up_E2FD), ("down", weights.down_EDF)):
-        if array.dtype != jnp.bfloat16:
+        if jnp.dtype(array.dtype) != jnp.bfloat16:
             return f"weights must be bfloat16, {name} is {array.dtype}"
+        if reason := _limit_of_coding(coding_of(array)):
+            return f"{name}: {reason}"
     for name, size in (("inner", inner), ("model", model)):
         if size % UNIT or not size:
             return f"the {name} dimension must be a multiple of {UNIT}, got {size}"
@@ -55,6 +57,17 @@ def limit(weights: ExpertWeights, rows: int, activation: str) -> str | None:
     if activation not in get_args(Activation):
         return f"activation {activation!r} is unknown; known: {', '.join(get_args(Activation))}"
     return None
+
+
+def _limit_of_coding(coding: Coding | None) -> str | None:
+    if coding is None:
+        return None
+    if coding.code not in LAYOUT_CODES:
+        return f"the codes are {coding.code!r}; the kernels take {', '.join(LAYOUT_CODES)}"
+    group = coding.group
+    if group is None or group % UNIT == 0 or group in (16, 32):
+        return None
+    return f"the groups have {group} numbers; the kernels take 16, 32, multiples of {UNIT}, and whole rows"
 
 
 def grouped_mlp_pallas_gpu(
@@ -82,8 +95,9 @@ def grouped_mlp_pallas_gpu(
     if reason is not None:
         raise ValueError(f"grouped_mlp_pallas_gpu: {reason}")
     if blocks is None:
-        blocks = choose_blocks(rows, weights.dims[0], jax.devices()[0].device_kind)
-    blocks = fit_blocks(blocks, weights.dims[1], model)
+        kind = "codes" if any(weights.codings) else "bfloat16"
+        blocks = choose_blocks(rows, weights.dims[0], jax.devices()[0].device_kind, kind)
+    blocks = fit_blocks(blocks, weights.dims[1], model, weights.codings)
     if max(blocks.smem()) > SMEM_LIMIT:
         raise ValueError(
             f"grouped_mlp_pallas_gpu: {blocks} need {max(blocks.smem())} bytes of shared memory, "

@@ -6,7 +6,7 @@ activation, the second down. A unit of work is one (window, weight tile); thread
 at once.
 """
 
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +16,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import BFloat16, Float, Int
 
 from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
-    ACC,
     ALIGN,
     EXPERT,
     ROW,
+    TILE,
     BlockSizes,
     launch,
-    wgmma_nt,
 )
+from jmoe_kernels.grouped_mlp.pallas_gpu.factor import Factor, arrays_of, contracted
 from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
+from jmoe_kernels.quantised import coding_of
 from jmoe_kernels.settings import Activation
 
 
@@ -35,61 +36,46 @@ def gate_up(
     activation: Activation,
     blocks: BlockSizes,
     interpret: bool,
-) -> BFloat16[Array, "W F R"]:
-    """Returns ``act(gate x) * up x`` of every window, transposed; what idle windows hold is undefined."""
+) -> BFloat16[Array, "W R F"]:
+    """Returns ``act(gate x) * up x`` of every window; what idle windows hold is undefined."""
     experts, inner, model = weights.dims
-    rows, tile, step = blocks.rows, blocks.inner, blocks.k_up
-    tiles, bias = inner // tile, weights.gate_up_bias_E2F
+    rows, tiles, bias = blocks.rows, inner // TILE, weights.gate_up_bias_E2F
+    factor = Factor(coding_of(weights.gate_up_E2FD), model, blocks.k_up, rows)
+    arrays = arrays_of(weights.gate_up_E2FD)
 
-    def kernel(x, w, windows, *rest):
-        *bias_ref, h = rest
+    def kernel(x, windows, *rest):
+        (w, bias_ref), h = _operands(rest[:-1], len(arrays)), rest[-1]
         unit = lax.axis_index("unit")
         window, f = lax.div(unit, tiles), lax.rem(unit, tiles)
         e = windows[window, EXPERT]
 
         @pl.when((e >= 0) & (e < experts))
         def _():
-            row = pl.multiple_of(windows[window, ROW], ALIGN)
+            x_rows = x.at[pl.ds(pl.multiple_of(windows[window, ROW], ALIGN), rows)]
+            sources = [factor.sources(w, e, p, f) for p in (0, 1)]
 
-            def accumulate(gate_acc, up_acc, transpose=None):
-                def contract(_, x_s, gate_s, up_s):
-                    wgmma_nt(gate_acc, gate_s, x_s, transpose)
-                    wgmma_nt(up_acc, up_s, x_s, transpose)
-                    plgpu.wgmma_wait(0)
-
-                plgpu.emit_pipeline(
-                    contract,
-                    grid=(model // step,),
-                    in_specs=[
-                        plgpu.BlockSpec((rows, step), lambda k: (0, k)),
-                        plgpu.BlockSpec((tile, step), lambda k: (f, k)),
-                        plgpu.BlockSpec((tile, step), lambda k: (f, k)),
-                    ],
-                    max_concurrent_steps=blocks.stages_up,
-                )(x.at[pl.ds(row, rows)], w.at[e, 0], w.at[e, 1])
-                return gate_acc[...], up_acc[...]
-
-            accs = (ACC((tile, rows)),) * 2
-            if interpret:
-                spare = plgpu.SMEM((step, rows), x.dtype)
-                gate, up = pl.run_scoped(
-                    lambda s: pl.run_scoped(partial(accumulate, transpose=s), *accs), spare
-                )
-            else:
-                gate, up = pl.run_scoped(accumulate, *accs)
-            if bias_ref:
-                gate = add_bias(gate, bias_ref[0].at[e, 0, pl.ds(f * tile, tile)])
-                up = add_bias(up, bias_ref[0].at[e, 1, pl.ds(f * tile, tile)])
-            store_tile(gated(activation, gate, up).astype(h.dtype), h.at[window, pl.ds(f * tile, tile)])
+            gate, up = contracted(factor, sources, f, x_rows, blocks.stages_up, interpret)
+            gate, up = (factor.end(sums, w, e, p, f) for p, sums in enumerate((gate, up)))
+            if bias_ref is not None:
+                gate = add_bias(gate, bias_ref.at[e, 0, pl.ds(f * TILE, TILE)])
+                up = add_bias(up, bias_ref.at[e, 1, pl.ds(f * TILE, TILE)])
+            store_transposed(
+                gated(activation, gate, up).astype(h.dtype), h.at[window, :, pl.ds(f * TILE, TILE)], interpret
+            )
 
     return launch(
         kernel,
-        jax.ShapeDtypeStruct((windows_W4.shape[0], inner, rows), x_ND.dtype),
+        jax.ShapeDtypeStruct((windows_W4.shape[0], rows, inner), x_ND.dtype),
         interpret,
         grid=(windows_W4.shape[0] * tiles,),
         grid_names=("unit",),
         kernel_name="jmoe_decode_gate_up",
-    )(x_ND, weights.gate_up_E2FD, windows_W4, *(() if bias is None else (bias.astype(jnp.float32),)))
+    )(x_ND, windows_W4, *arrays, *(() if bias is None else (bias.astype(jnp.float32),)))
+
+
+def _operands(references: tuple, count: int) -> tuple[tuple, Any]:
+    """Returns the references of the weight's ``count`` arrays, and that of the biases or None."""
+    return references[:count], references[count] if len(references) > count else None
 
 
 def add_bias(acc, bias):
@@ -103,13 +89,11 @@ def add_bias(acc, bias):
     return pl.run_scoped(load, plgpu.SMEM(bias.shape, jnp.float32), plgpu.Barrier())
 
 
-def store_tile(value, destination, transposed: bool = False, interpret: bool = False) -> None:
-    """Stores a register tile, or its transpose, to device memory through shared memory."""
+def store_transposed(value, destination, interpret: bool) -> None:
+    """Stores the transpose of a register tile to device memory through shared memory."""
 
     def store(tile):
-        if not transposed:
-            tile[...] = value
-        elif interpret:
+        if interpret:
             tile[...] = value.T
         else:
             tile.T[...] = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
@@ -117,11 +101,11 @@ def store_tile(value, destination, transposed: bool = False, interpret: bool = F
         plgpu.copy_smem_to_gmem(tile, destination)
         plgpu.wait_smem_to_gmem(0)
 
-    pl.run_scoped(store, plgpu.SMEM(value.shape[::-1] if transposed else value.shape, value.dtype))
+    pl.run_scoped(store, plgpu.SMEM(value.shape[::-1], value.dtype))
 
 
 def down(
-    h_WFR: BFloat16[Array, "W F R"],
+    h_WRF: BFloat16[Array, "W R F"],
     weights: ExpertWeights,
     windows_W4: Int[Array, "W 4"],
     blocks: BlockSizes,
@@ -132,37 +116,24 @@ def down(
     The contents of idle windows, and of rows that are not the window's own, are undefined.
     """
     experts, inner, model = weights.dims
-    rows, tile, step = blocks.rows, blocks.model, blocks.k_down
-    tiles, bias = model // tile, weights.down_bias_ED
+    rows, tiles, bias = blocks.rows, model // TILE, weights.down_bias_ED
+    factor = Factor(coding_of(weights.down_EDF), inner, blocks.k_down, rows)
+    arrays = arrays_of(weights.down_EDF[:, None])
 
-    def kernel(h, w, windows, *rest):
-        *bias_ref, y = rest
+    def kernel(h, windows, *rest):
+        (w, bias_ref), y = _operands(rest[:-1], len(arrays)), rest[-1]
         unit = lax.axis_index("unit")
         window, d = lax.div(unit, tiles), lax.rem(unit, tiles)
         e = windows[window, EXPERT]
 
         @pl.when((e >= 0) & (e < experts))
         def _():
-            def accumulate(acc):
-                def contract(_, h_s, w_s):
-                    plgpu.wgmma(acc, w_s, h_s)
-                    plgpu.wgmma_wait(0)
-
-                plgpu.emit_pipeline(
-                    contract,
-                    grid=(inner // step,),
-                    in_specs=[
-                        plgpu.BlockSpec((step, rows), lambda k: (k, 0)),
-                        plgpu.BlockSpec((tile, step), lambda k: (d, k)),
-                    ],
-                    max_concurrent_steps=blocks.stages_down,
-                )(h.at[window], w.at[e])
-                return acc[...]
-
-            value = pl.run_scoped(accumulate, ACC((tile, rows)))
-            if bias_ref:
-                value = add_bias(value, bias_ref[0].at[e, pl.ds(d * tile, tile)])
-            store_tile(value, y.at[window, :, pl.ds(d * tile, tile)], transposed=True, interpret=interpret)
+            sources = [factor.sources(w, e, 0, d)]
+            (value,) = contracted(factor, sources, d, h.at[window], blocks.stages_down, interpret)
+            value = factor.end(value, w, e, 0, d)
+            if bias_ref is not None:
+                value = add_bias(value, bias_ref.at[e, pl.ds(d * TILE, TILE)])
+            store_transposed(value, y.at[window, :, pl.ds(d * TILE, TILE)], interpret)
 
     return launch(
         kernel,
@@ -171,4 +142,4 @@ def down(
         grid=(windows_W4.shape[0] * tiles,),
         grid_names=("unit",),
         kernel_name="jmoe_decode_down",
-    )(h_WFR, weights.down_EDF, windows_W4, *(() if bias is None else (bias.astype(jnp.float32),)))
+    )(h_WRF, windows_W4, *arrays, *(() if bias is None else (bias.astype(jnp.float32),)))
