@@ -11,7 +11,7 @@ from types import MappingProxyType
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jmoe_kernels.grouped_mlp import ExpertCodings, ExpertWeights
-from jmoe_kernels.quantised import Coding, coding_of
+from jmoe_kernels.quantised import Coding, LayoutName, Quantised, coding_of
 
 from jmoe.blueprint import Codings
 from jmoe.config.model import ModelConfig
@@ -94,6 +94,12 @@ def codings_of(weights: ExpertWeights) -> LeafCodings:
     """Returns how the leaves of stacks of experts are stored."""
     found = {leaf.name: coding_of(getattr(weights, leaf.name)) for leaf in LEAVES}
     return {name: coding for name, coding in found.items() if coding is not None}
+
+
+def layouts_of(weights: ExpertWeights) -> Mapping[str, LayoutName]:
+    """Returns the layouts of the quantised leaves of stacks of experts."""
+    leaves = {leaf.name: getattr(weights, leaf.name) for leaf in LEAVES}
+    return {name: leaf.layout for name, leaf in leaves.items() if isinstance(leaf, Quantised)}
 
 
 def layer_codings(codings: Codings, layer: int) -> LeafCodings:

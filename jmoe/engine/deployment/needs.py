@@ -1,6 +1,5 @@
 """The memory that a deployment needs on each device, counted before anything is allocated."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jmoe_kernels.backends import get_backend
+from jmoe_kernels.quantised import nbytes_of
 
 from jmoe.blueprint import UNQUANTISED, Codings
 from jmoe.checkpoint.params import ParamSpec, abstract_decoder, in_layer
@@ -143,8 +143,8 @@ def _device_bytes(spec: ParamSpec, mesh: Mesh) -> int:
     is_host = get_backend(platform_of(mesh)).has_host_memory
     if spec.sharding.memory_kind not in (None, "device") and not is_host:
         return 0
-    arrays = jax.tree.leaves(spec.arrays)
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
+    kept = [array.kept for array in jax.tree.leaves(spec.arrays)]
+    return sum(nbytes_of(array.sharding.shard_shape(array.shape), array.dtype) for array in kept)
 
 
 def step_bytes(cfg: ModelConfig, settings: EngineSettings, split: Split, length: int) -> int:

@@ -1,5 +1,6 @@
 """The expert cache of a model whose experts are offloaded: its size, first contents and predictor."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jmoe_kernels.backends import Executor, get_backend
 from jmoe_kernels.grouped_mlp import ExpertWeights, storage_dtype
-from jmoe_kernels.quantised import Quantised, code_storage
+from jmoe_kernels.quantised import LayoutName, Quantised, code_storage
 
 from jmoe.checkpoint.identity import model_identity
 from jmoe.config.model import ModelConfig
@@ -24,6 +25,7 @@ from jmoe.moe.expert_leaves import (
     LeafCodings,
     codings_of,
     expert_bytes,
+    layouts_of,
     leaves_of,
     weight_specs,
 )
@@ -65,7 +67,7 @@ def make_cache(
     codings = codings_of(store)
     slots = count_slots(cfg, offload, mesh, codings)
     table, copies = _full_tables(slots, loads_LE.astype(np.float32), mesh)
-    pool = jax.tree.map(_in_layout, store, _empty_pool(cfg, slots, mesh, codings), is_leaf=_is_quantised)
+    pool = _empty_pool(cfg, slots, mesh, codings, layouts_of(store))
     specs = (weight_specs(store, None, EXPERT), COPIES), _pool_specs(pool)
     start = ranks.over(partial(_fill_pool, pool), *specs)
     cache = _cache(cfg, model.moe, mesh, table, predictor, jax.jit(start)(store, copies))
@@ -86,7 +88,7 @@ def abstract_cache(
         embeddings_VD = np.zeros((1, cfg.hidden_size), np.float32)
         predictor = _predictor(cfg, moe, mesh, seats, embeddings_VD, None)
         table, _ = _full_tables(slots, np.zeros((len(cfg.moe_layers), cfg.num_experts), np.float32), mesh)
-        shapes = _empty_pool(cfg, slots, mesh, codings, is_global=True)
+        shapes = _empty_pool(cfg, slots, mesh, codings, {}, is_global=True)
         pool = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
         return _cache(cfg, moe, mesh, jax.tree.map(jnp.asarray, table), predictor, pool)
 
@@ -178,9 +180,18 @@ def _full_tables(slots: int, loads_LE: np.ndarray, mesh: Mesh) -> tuple[SlotTabl
 
 
 def _empty_pool(
-    cfg: ModelConfig, slots: int, mesh: Mesh, codings: LeafCodings, *, is_global: bool = False
+    cfg: ModelConfig,
+    slots: int,
+    mesh: Mesh,
+    codings: LeafCodings,
+    layouts: Mapping[str, LayoutName],
+    *,
+    is_global: bool = False,
 ) -> ExpertWeights:
-    """Returns the shapes of a rank's pool, or of all ranks' pools together if ``is_global``."""
+    """Returns the shapes of a rank's pool, or of all ranks' pools together if ``is_global``.
+
+    codings, layouts: how the store's leaves are stored, by their names; "rows" is not named.
+    """
     plain, platform = jnp.dtype(cfg.dtype), platform_of(mesh)
     parts, ranks = (1, mesh.shape[DATA] * mesh.shape[EXPERT]) if is_global else (mesh.shape[TENSOR], 1)
 
@@ -191,18 +202,10 @@ def _empty_pool(
         whole, tensor_parts = leaf.shape(cfg)[-1], leaf.inner_parts(mesh.shape[TENSOR])
         shapes = codings[leaf.name].split(whole, tensor_parts).shapes(shape, plain.name)
         kept = code_storage(shapes.coding.code, platform)
-        return replace(shapes, values=jax.ShapeDtypeStruct(shapes.values.shape, kept))
+        shapes = replace(shapes, values=jax.ShapeDtypeStruct(shapes.values.shape, kept))
+        return shapes.in_layout(layouts.get(leaf.name, "rows"))
 
     return ExpertWeights(**{leaf.name: stack(leaf) for leaf in leaves_of(cfg)})  # pyright: ignore[reportArgumentType]
-
-
-def _is_quantised(leaf: Any) -> bool:
-    return isinstance(leaf, Quantised)
-
-
-def _in_layout(stored: Any, shapes: Any) -> Any:
-    """Returns the shapes of a pool's leaf in the layout of the store's."""
-    return replace(shapes, layout=stored.layout) if isinstance(stored, Quantised) else shapes
 
 
 def _predictor(
