@@ -200,7 +200,7 @@ def test_products_are_those_of_the_dequantised_weight(coding: Coding):
 def test_a_layout_keeps_numbers_shape_and_bytes(layout, code):
     for scales, group in (("float32", None), ("uint8", 32), ("float16", 16)):
         coding = Coding(code, group, scales, has_lows=scales == "float16")
-        weight = random_codes(coding, (3, 2, 32, 96))
+        weight = random_codes(coding, (3, 2, 64, 96))
         packed, shapes = weight.in_layout(layout), coding.shapes(weight.shape, layout=layout)
         assert packed.shape == shapes.shape == weight.shape
         np.testing.assert_array_equal(dequantised(packed), dequantised(weight))

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jmoe_kernels.quantised import interleave, transpose
+from jmoe_kernels.quantised import interleave, tiles, transpose
 from jmoe_kernels.quantised.codes import Code, num_packed, numbers_of, scales_as_float
 
-LayoutName = Literal["rows", "n16", "columns"]
+LayoutName = Literal["rows", "n16", "columns", "tiles"]
 Role = Literal["values", "scales", "lows"]  # what an array is to its weight
 
 
@@ -66,5 +66,14 @@ LAYOUTS: dict[LayoutName, Layout] = {
         numbers=transpose.numbers,
         per_group=transpose.per_group,
         block=None,
+    ),
+    "tiles": Layout(
+        fits=tiles.fits,
+        kept=tiles.kept,
+        pack=tiles.pack,
+        shape=tiles.shape,
+        numbers=tiles.numbers,
+        per_group=tiles.per_group,
+        block=tiles.TILE,
     ),
 }

@@ -146,7 +146,7 @@ def _lower_mlp(case: dict):
     biases = (abstract(e, 2, f), abstract(e, d)) if case.get("biases") else ()
     shapes = (e, 2, f, d), (e, d, f)
     if codings:
-        coded = [coding.shapes(shape, "bfloat16") for coding, shape in zip(codings, shapes, strict=True)]
+        coded = [coding.shapes(shape, "bfloat16", "tiles") for coding, shape in zip(codings, shapes, strict=True)]
         both = jax.tree.map(lambda array: abstract(*array.shape, dtype=array.dtype), coded)
     else:
         both = [abstract(*shape) for shape in shapes]

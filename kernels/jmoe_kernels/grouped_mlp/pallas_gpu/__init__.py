@@ -30,14 +30,12 @@ from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
     windows,
 )
 from jmoe_kernels.grouped_mlp.types import ExpertWeights
-from jmoe_kernels.quantised import Coding, coding_of
+from jmoe_kernels.quantised import Coding, Quantised, coding_of
 from jmoe_kernels.settings import Activation
 
 UNIT = (
     64  # the least weight tile and contraction step: M of wgmma, and 128 bytes of bfloat16 for TMA's swizzle
 )
-LAYOUT_CODES = ("int8", "int4", "e4m3", "e2m1")
-
 __all__ = ["BlockSizes", "grouped_mlp_pallas_gpu", "limit"]
 
 
@@ -48,10 +46,13 @@ def limit(weights: ExpertWeights, rows: int, activation: str) -> str | None:
         if jnp.dtype(array.dtype) != jnp.bfloat16:
             return f"weights must be bfloat16, {name} is {array.dtype}"
         if reason := _limit_of_coding(coding_of(array)):
-            return f"{name}: {reason}"
+            return f"{name} is quantised: {reason}"
     for name, size in (("inner", inner), ("model", model)):
         if size % UNIT or not size:
             return f"the {name} dimension must be a multiple of {UNIT}, got {size}"
+    for name, array in (("gate_up", weights.gate_up_E2FD), ("down", weights.down_EDF)):
+        if isinstance(array, Quantised) and array.layout != "tiles":
+            return f"{name} is quantised in the layout {array.layout!r}; the kernels take 'tiles'"
     if rows < 1 or experts < 1:
         return f"needs at least 1 row and 1 expert, got {rows} and {experts}"
     if activation not in get_args(Activation):
@@ -60,14 +61,10 @@ def limit(weights: ExpertWeights, rows: int, activation: str) -> str | None:
 
 
 def _limit_of_coding(coding: Coding | None) -> str | None:
-    if coding is None:
-        return None
-    if coding.code not in LAYOUT_CODES:
-        return f"the codes are {coding.code!r}; the kernels take {', '.join(LAYOUT_CODES)}"
-    group = coding.group
+    group = coding and coding.group
     if group is None or group % UNIT == 0 or group in (16, 32):
         return None
-    return f"the groups have {group} numbers; the kernels take 16, 32, multiples of {UNIT}, and whole rows"
+    return f"groups of {group} numbers; the kernels take 16, 32, multiples of {UNIT} and whole rows"
 
 
 def grouped_mlp_pallas_gpu(

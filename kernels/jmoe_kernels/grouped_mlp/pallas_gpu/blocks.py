@@ -19,12 +19,12 @@ from jaxtyping import Int
 
 from jmoe_kernels.grouped_mlp.types import ExpertCodings
 from jmoe_kernels.quantised import Coding
+from jmoe_kernels.quantised.tiles import TILE
 
 ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 SMEM_LIMIT = 227 * 1024  # a thread block's limit on sm_90
 ALIGN = 8  # rows: TMA addresses a swizzled tile by whole groups of 8 rows
 WIDE = 8  # windows that use a weight tile one after another in the prefill kernels
-TILE = 64  # weight rows of a thread block of the decode kernels: the least that wgmma takes
 IDLE, EXPERT, ROW, SKIP, ROWS = -1, 0, 1, 2, 3  # columns of ``windows``
 
 
@@ -151,7 +151,7 @@ def _step(step: int, depth: int, coding: Coding | None) -> int:
 
 
 def _number_bytes(coding: Coding | None, depth: int) -> float:
-    return 2 if coding is None else coding.nbytes((1, depth)) / depth
+    return 2 if coding is None else coding.nbytes((1, TILE, depth), "tiles") / (TILE * depth)
 
 
 def window_count(rows: int, experts: int, tile: int) -> int:

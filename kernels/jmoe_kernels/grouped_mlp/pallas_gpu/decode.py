@@ -19,13 +19,13 @@ from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
     ALIGN,
     EXPERT,
     ROW,
-    TILE,
     BlockSizes,
     launch,
 )
 from jmoe_kernels.grouped_mlp.pallas_gpu.factor import Factor, arrays_of, contracted
 from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
 from jmoe_kernels.quantised import coding_of
+from jmoe_kernels.quantised.tiles import TILE
 from jmoe_kernels.settings import Activation
 
 

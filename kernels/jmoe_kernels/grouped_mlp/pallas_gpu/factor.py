@@ -20,8 +20,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import ACC, TILE
-from jmoe_kernels.quantised import Coding, Quantised, Weight
+from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import ACC
+from jmoe_kernels.quantised import DTYPES, Coding, Quantised, Weight
+from jmoe_kernels.quantised.tiles import TILE
 
 LATE_ROWS = 32  # the widest window whose groups are scaled late: wider ones spill
 Parts = tuple[Any, ...]  # a weight's arrays, or their tiles: values, and perhaps scales and lows
@@ -120,15 +121,18 @@ class Factor:
 
 
 def arrays_of(weight: Weight) -> Parts:
-    """Returns the arrays of weights ``[E, P, O, I]`` as the kernels take them.
+    """Returns the arrays of weights ``[E, P, O, I]``, in the layout "tiles", as the kernels take them.
 
-    Nibbles become int4, which moves nothing on a GPU; scales and lows become ``[E, P, O / 64, groups, 64]``.
+    Bytes get the dtype of their codes, which moves nothing on a GPU; scales and lows become
+    ``[E, P, O / 64, groups, 64]``.
     """
     if not isinstance(weight, Quantised):
         return (weight,)
-    values, (*front, out, groups) = weight.values, weight.scales.shape
-    if weight.coding.num_packed == 2:
+    values, code, (*front, out, groups) = weight.values, weight.coding.code, weight.scales.shape
+    if code in ("int4", "e2m1"):
         values = lax.bitcast_convert_type(values, jnp.int4).reshape(weight.shape)
+    elif code == "e4m3":
+        values = lax.bitcast_convert_type(values, DTYPES["e4m3"])
     scales = [weight.scales, *([] if weight.lows is None else [weight.lows])]
     return (values, *[s.reshape(*front, out // TILE, groups, TILE) for s in scales])
 

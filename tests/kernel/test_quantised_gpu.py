@@ -1,0 +1,121 @@
+"""Tests the Hopper kernels with quantised weights in the Mosaic GPU interpreter, against float64 products.
+
+jax 0.10's interpreter takes both factors of wgmma from shared memory only, so the numbers that a GPU decodes
+into registers are decoded there too, and then stored. All other arithmetic is that of a GPU.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jmoe_kernels.grouped_mlp.pallas_gpu import BlockSizes, grouped_mlp_pallas_gpu, limit
+from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import SMEM_LIMIT, choose_blocks, fit_blocks
+from jmoe_kernels.grouped_mlp.pallas_gpu.factor import Factor
+from jmoe_kernels.grouped_mlp.types import ExpertWeights
+from jmoe_kernels.quantised import Coding, Quantised
+from support.aot.gpu import gpu_interpreter
+from support.quantised_kernels import exact, poisoned, random_weight, silu_mlp
+
+INNER, MODEL = 128, 192  # one step of 128 numbers, and three of 64
+FEW = BlockSizes("decode", 16, 64, 64, 128, 128, 2, 2)
+MANY = BlockSizes("decode", 64, 64, 64, 64, 64, 2, 2)
+ERROR = 0.05  # of the outputs' root mean square: h, and numbers that are scaled early, round to bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: how both weights are stored, and the sizes of blocks and of groups of rows."""
+
+    gate_up: Coding
+    down: Coding
+    blocks: BlockSizes = FEW
+    sizes: tuple[int, ...] = (3, 0, 5)
+    rows: int = 16
+
+
+WINDOWS = {"sizes": (70, 0, 9), "rows": 88}
+CASES = (
+    Case(Coding("int8", None), Coding("int8", 32, "float16")),
+    Case(Coding("e2m1", 32, "uint8"), Coding("e4m3", 128)),
+    Case(Coding("int4", 32, "bfloat16", has_lows=True), Coding("e2m1", 32, "uint8"), MANY, **WINDOWS),
+)
+MORE = (
+    Case(Coding("int4", None), Coding("int4", 128)),
+    Case(Coding("int4", 16), Coding("iq4", 32, "float16")),
+    Case(Coding("e4m3", None), Coding("int8", None, has_lows=True)),
+    Case(Coding("int8", 64), Coding("int4", None), MANY, **WINDOWS),
+    Case(Coding("e4m3", 128), Coding("int8", 32), MANY, **WINDOWS),
+)
+
+
+def check(case: Case) -> None:
+    """Asserts that one call matches float64, with scales of NaN for the experts without rows."""
+    sizes, used, experts = case.sizes, sum(case.sizes), len(case.sizes)
+    gate_up = random_weight(case.gate_up, (experts, 2, INNER, MODEL), 1)
+    down = random_weight(case.down, (experts, MODEL, INNER), 2)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((case.rows, MODEL)), jnp.bfloat16)
+    wide, want, start = np.asarray(x, np.float64), np.zeros((case.rows, MODEL)), 0
+    for e, n in enumerate(sizes):
+        rows = slice(start, start + n)
+        want[rows] = silu_mlp(wide[rows], exact(gate_up[e]), exact(down[e]))
+        start += n
+    both = [replace(poisoned(w, sizes).in_layout("tiles"), dtype="bfloat16") for w in (gate_up, down)]
+    weights = ExpertWeights(*jax.tree.map(jnp.asarray, both))
+    with gpu_interpreter():
+        call = jax.jit(lambda *a: grouped_mlp_pallas_gpu(*a, interpret=True, blocks=case.blocks))
+        got = np.asarray(call(x.at[used:].set(jnp.nan), weights, jnp.asarray(sizes, jnp.int32)))
+    assert not got[used:].any(), "rows past the last group are zero"
+    np.testing.assert_allclose(got, want, rtol=0, atol=ERROR * np.sqrt(np.mean(want[:used] ** 2)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.gate_up}; {case.down}")
+def test_matches_float64(case: Case):
+    check(case)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("case", MORE, ids=lambda case: f"{case.gate_up}; {case.down}")
+def test_matches_float64_in_more_forms(case: Case):
+    check(case)
+
+
+def weights_of(coding: Coding, inner: int = 64, model: int = 128, layout="tiles") -> ExpertWeights:
+    both = [coding.shapes(shape, "bfloat16", layout) for shape in ((2, 2, inner, model), (2, model, inner))]
+    return ExpertWeights(*both)
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        (weights_of(Coding("int8", 48)), "gate_up is quantised: groups of 48 numbers; the kernels take 16, 32,"),
+        (weights_of(Coding("int4", 32), layout="rows"), "gate_up is quantised in the layout 'rows'"),
+        (weights_of(Coding("int4", 32), inner=96, layout="rows"), "inner dimension must be a multiple of 64"),
+        (weights_of(Coding("e2m1", 32, "uint8"), inner=2880, model=2880), None),
+        (weights_of(Coding("e4m3", 128), inner=2048, model=7168), None),
+        (weights_of(Coding("iq4", 32, "float16")), None),
+    ],
+)
+def test_limits(weights: ExpertWeights, reason: str | None):
+    found = limit(weights, 8, "silu")
+    assert found is None if reason is None else reason in (found or "")
+
+
+def test_steps_have_whole_groups_or_lie_in_one():
+    for group in (None, 16, 32, 64, 128, 192, 256):
+        for depth in (64, 192, 768, 2880, 7168):
+            coding = Coding("int8", group)
+            for rows in (1, 8, 40, 512):
+                blocks = fit_blocks(choose_blocks(rows, 1, "default", "codes"), depth, depth, (coding,) * 2)
+                factor = Factor(coding, depth, blocks.k_up, blocks.rows)
+                assert depth % factor.step == 0 == factor.step % factor.piece
+                assert factor.group % factor.piece == 0, (group, depth, rows)
+                assert max(blocks.smem()) <= SMEM_LIMIT
+
+
+def test_scales_of_a_tile_lie_together():
+    weight = random_weight(Coding("int8", 32), (2, 128, 96))
+    packed: Quantised = weight.in_layout("tiles")
+    tiles = packed.scales.reshape(2, 2, 3, 64)
+    np.testing.assert_array_equal(tiles[1, 1, 2], weight.scales[1, 64:, 2])
