@@ -112,3 +112,16 @@ def test_stacks_of_offloaded_experts_in_columns(method, model: Path, columns):
     for layer in range(stack.shape[0]):
         want = dequantised(plain[f"layers.{layer}.moe.experts.down_EDF"])
         np.testing.assert_array_equal(dequantised(stack)[layer], want)
+
+
+@pytest.mark.parametrize("method", ["int8", "int4", "fp8", "mxfp4"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 1)])
+def test_experts_in_tiles_compute_what_rows_do(method, sizes, model: Path, monkeypatch: pytest.MonkeyPatch):
+    mesh, ids, how = make_mesh(*sizes), jax.numpy.arange(32).reshape(4, 8), Quantize(method)
+    want = logits_of(load_model(model, mesh, PORTABLE, quantize=how), ids)
+    wanting = replace(IMPLEMENTATIONS["xla"], layout_of=IMPLEMENTATIONS["pallas_gpu"].layout_of)
+    monkeypatch.setitem(IMPLEMENTATIONS, "xla", wanting)
+    tiled = load_model(model, mesh, PORTABLE, quantize=how)
+    layouts = {path: weight.layout for path, weight in quantised(tiled).items()}
+    assert all((layout == "tiles") == ("experts" in path) for path, layout in layouts.items())
+    np.testing.assert_allclose(logits_of(tiled, ids), want, atol=2e-5 * np.abs(want).max())

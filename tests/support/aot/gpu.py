@@ -58,10 +58,11 @@ def compile_cases(cases: list[dict]) -> list[dict]:
     One process compiles them, so that no test sees its settings.
 
     A case is a grouped MLP with device, experts, inner, model, rows, and optionally biases, activation,
-    shards (devices of a shard_map), codings (fields of the ``Coding`` of gate and up, and of down). Or it is a step of the engine with device, config (a file of
-    configs/model), layers, mesh, sequences, tokens. A result has kernels, a list of {name, registers,
-    spill_bytes, smem_bytes, wgmma, tma} without the kernels that an earlier case compiled already; calls, how
-    often each custom call stands in the program; and temporary, its bytes. Or it has error.
+    shards (devices of a shard_map), codings (fields of the ``Coding`` of gate and up, and of down). Or it is
+    a step of the engine with device, config (a file of configs/model), layers, mesh, sequences, tokens. A
+    result has kernels, a list of {name, registers, spill_bytes, smem_bytes, wgmma, tma} without the kernels
+    that an earlier case compiled already; calls, how often each custom call stands in the program; and
+    temporary, its bytes. Or it has error.
     """
     with tempfile.TemporaryDirectory() as dump:
         env = dict(os.environ, JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="3")
@@ -146,8 +147,13 @@ def _lower_mlp(case: dict):
     biases = (abstract(e, 2, f), abstract(e, d)) if case.get("biases") else ()
     shapes = (e, 2, f, d), (e, d, f)
     if codings:
-        coded = [coding.shapes(shape, "bfloat16", "tiles") for coding, shape in zip(codings, shapes, strict=True)]
-        both = jax.tree.map(lambda array: abstract(*array.shape, dtype=array.dtype), coded)
+        both = [
+            jax.tree.map(
+                lambda array: abstract(*array.shape, dtype=array.dtype),
+                coding.shapes(shape, "bfloat16", "tiles"),
+            )
+            for coding, shape in zip(codings, shapes, strict=True)
+        ]
     else:
         both = [abstract(*shape) for shape in shapes]
     weights = ExpertWeights(*both, *biases)

@@ -1,12 +1,13 @@
-"""Grouped MLP for Hopper GPUs in Pallas Mosaic GPU: TMA loads, wgmma products, no repacking of weights.
+"""Grouped MLP for Hopper GPUs in Pallas Mosaic GPU: TMA loads and wgmma products.
 
 The static shape chooses between two pairs of kernels: ``decode`` up to 64 rows per expert on average,
 ``prefill`` above (``blocks.bucket``). Both compute gate, up and the activation in one kernel, and down in a
 second. Between the two, h stands in device memory, window by window (``blocks.windows``), rounded to
-bfloat16.
+bfloat16. Quantised weights always take ``decode``, with wider windows for many rows, and are decoded in
+registers (``factor``); their layout is "tiles". bfloat16 weights lie as in a checkpoint.
 
-Its limits (``limit``): weights are bfloat16, and the inner and model dimensions are multiples of 64.
-Dimensions that 128 divides get the larger tiles.
+Its limits (``limit``): products are bfloat16, the inner and model dimensions are multiples of 64, and groups
+are 16, 32, multiples of 64 or whole rows. Dimensions that 128 divides get the larger tiles and steps.
 
 Axes: as in ``grouped_mlp``, and W windows, R rows of a window, G groups (the experts and the rows past the
 last of them), P products of a kernel, O and I its output and input dimensions. A name that ends in ``_s`` is

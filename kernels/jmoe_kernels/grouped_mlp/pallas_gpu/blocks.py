@@ -113,9 +113,7 @@ def _divide(block: int, size: int) -> int:
     return max(b for b in range(64, block + 1, 64) if size % b == 0)
 
 
-def choose_blocks(
-    rows: int, experts: int, device_kind: str, kind: DtypeOrCodes = "bfloat16"
-) -> BlockSizes:
+def choose_blocks(rows: int, experts: int, device_kind: str, kind: DtypeOrCodes = "bfloat16") -> BlockSizes:
     """Returns the table's blocks for this device and shape, and for bfloat16 or quantised weights."""
     return TABLE.get((device_kind, kind), TABLE["default", kind])[bucket(rows, experts)]
 

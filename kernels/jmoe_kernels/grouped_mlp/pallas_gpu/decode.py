@@ -1,9 +1,9 @@
 """Kernels for few rows per expert: weights are the M operand of wgmma, so 1-64 rows waste no product.
 
 Rows are its N operand. The kernels are memory bound: every active expert's weights stream through shared
-memory once per window, by TMA, in the checkpoint's own layout. The first kernel computes gate and up with the
-activation, the second down. A unit of work is one (window, weight tile); thread blocks of idle windows exit
-at once.
+memory once per window, by TMA, in 64 x 64 tiles or longer ones (``factor``). The first kernel computes gate
+and up with the activation, the second down. A unit of work is one (window, weight tile); thread blocks of
+idle windows exit at once.
 """
 
 from typing import Any

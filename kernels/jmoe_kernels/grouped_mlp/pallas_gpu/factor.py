@@ -64,7 +64,7 @@ class Factor:
         return self.coding is not None and not self.coding.has_lows and self.group >= self.depth
 
     def specs(self, tile: Any) -> list[plgpu.BlockSpec]:
-        """Returns the blocks of a step, of the tile ``tile``: of the values, and of early or grouped scales."""
+        """Returns the blocks of a step of a tile: those of the values, and of scales that a step needs."""
         values = plgpu.BlockSpec((TILE, self.step), lambda k: (tile, k))
         if self.coding is None or self._is_late_row:
             return [values]
