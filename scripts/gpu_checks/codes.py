@@ -2,6 +2,7 @@
 
 import functools
 import time
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -79,11 +80,8 @@ def _largest_error(coding: Coding, sizes: np.ndarray, dry: bool) -> float:
         unread = jnp.asarray(255 if scales.dtype == jnp.uint8 else jnp.nan, scales.dtype)
         return jnp.where(off.reshape(-1, *[1] * (scales.ndim - 1)), unread, scales)
 
-    both = (
-        Quantised(w.values, poison(w.scales), w.lows, w.coding, w.dtype, w.layout)
-        for w in (weights.gate_up_E2FD, weights.down_EDF)
-    )
-    got = np.asarray(jax.jit(ours(sizes, dry))(x, ExpertWeights(*both)), np.float64)
+    gate_up, down = (replace(w, scales=poison(w.scales)) for w in (weights.gate_up_E2FD, weights.down_EDF))
+    got = np.asarray(jax.jit(ours(sizes, dry))(x, ExpertWeights(gate_up, down)), np.float64)
     if not np.isfinite(got).all():
         return float("inf")
     return float(np.abs(got - want).max() / max(np.sqrt(np.mean(want**2)), 1e-9))
@@ -125,8 +123,8 @@ def _stacks(layer: LayerSizes, coding: Coding | None, dry: bool) -> list[ExpertW
 def random_coded(key: Array, experts: int, inner: int, model: int, coding: Coding) -> ExpertWeights:
     """Returns random weights in the layout of the GPU kernels, about as large as plain random ones."""
     keys = jax.random.split(key)
-    shapes = (experts, 2, inner, model), (experts, model, inner)
-    return ExpertWeights(*(_random_weight(*each, coding) for each in zip(keys, shapes, strict=True)))
+    gate_up = _random_weight(keys[0], (experts, 2, inner, model), coding)
+    return ExpertWeights(gate_up, _random_weight(keys[1], (experts, model, inner), coding))
 
 
 def _random_weight(key: Array, shape: tuple[int, ...], coding: Coding) -> Quantised:

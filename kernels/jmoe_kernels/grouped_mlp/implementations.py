@@ -69,6 +69,7 @@ IMPLEMENTATIONS: dict[ExpertKernel, Implementation] = {
         describe=lambda: "the Pallas kernels for gpu",
         rows_dtype="bfloat16",
         has_interpreter=True,
+        rounds_activations=True,
         layout_of=lambda coding: "tiles",
     ),
     "cpu": Implementation(

@@ -58,11 +58,11 @@ def compile_cases(cases: list[dict]) -> list[dict]:
     One process compiles them, so that no test sees its settings.
 
     A case is a grouped MLP with device, experts, inner, model, rows, and optionally biases, activation,
-    shards (devices of a shard_map), codings (fields of the ``Coding`` of gate and up, and of down). Or it is
-    a step of the engine with device, config (a file of configs/model), layers, mesh, sequences, tokens. A
-    result has kernels, a list of {name, registers, spill_bytes, smem_bytes, wgmma, tma} without the kernels
-    that an earlier case compiled already; calls, how often each custom call stands in the program; and
-    temporary, its bytes. Or it has error.
+    shards (devices of a shard_map), codings (fields of the ``Coding`` of gate and up, and of down) and
+    activations. Or it is a step of the engine with device, config (a file of configs/model), layers, mesh,
+    sequences, tokens. A result has kernels, a list of {name, registers, spill_bytes, smem_bytes, wgmma, tma}
+    without the kernels that an earlier case compiled already; calls, how often each custom call stands in the
+    program; and temporary, its bytes. Or it has error.
     """
     with tempfile.TemporaryDirectory() as dump:
         env = dict(os.environ, JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="3")
@@ -160,7 +160,12 @@ def _lower_mlp(case: dict):
 
     def mlp(x, weights, sizes):
         return grouped_mlp_pallas_gpu(
-            x, weights, sizes, activation=case.get("activation", "silu"), blocks=blocks
+            x,
+            weights,
+            sizes,
+            activation=case.get("activation", "silu"),
+            blocks=blocks,
+            activations=case.get("activations", "auto"),
         )
 
     split = jax.shard_map(mlp, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False)

@@ -32,7 +32,7 @@ from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
 )
 from jmoe_kernels.grouped_mlp.types import ExpertWeights
 from jmoe_kernels.quantised import Coding, Quantised, coding_of
-from jmoe_kernels.settings import Activation
+from jmoe_kernels.settings import Activation, Activations
 
 UNIT = (
     64  # the least weight tile and contraction step: M of wgmma, and 128 bytes of bfloat16 for TMA's swizzle
@@ -76,6 +76,7 @@ def grouped_mlp_pallas_gpu(
     activation: Activation = "silu",
     interpret: bool = False,
     blocks: BlockSizes | None = None,
+    activations: Activations = "auto",
 ) -> Float[Array, "N D"]:
     """Computes the gated MLP of each row's expert in float32; rows past the last group are zero.
 
@@ -84,6 +85,7 @@ def grouped_mlp_pallas_gpu(
         rows are not read.
     interpret: whether to run in the interpreter on CPU.
     blocks: block sizes; None takes the table's.
+    activations: what rows are rounded to where codes are int8 or become it.
     Raises ValueError naming the limit that the shapes, dtypes or blocks exceed.
     """
     rows, model = x_ND.shape
@@ -95,6 +97,8 @@ def grouped_mlp_pallas_gpu(
     if blocks is None:
         kind = "codes" if any(weights.codings) else "bfloat16"
         blocks = choose_blocks(rows, weights.dims[0], jax.devices()[0].device_kind, kind)
+    if blocks.kernel == "prefill" and any(weights.codings):
+        raise ValueError("grouped_mlp_pallas_gpu: 'prefill' takes no quantised weights, 'decode' does")
     blocks = fit_blocks(blocks, weights.dims[1], model, weights.codings)
     if max(blocks.smem()) > SMEM_LIMIT:
         raise ValueError(
@@ -105,12 +109,12 @@ def grouped_mlp_pallas_gpu(
     x_ND = jnp.pad(x_ND, ((0, padded_rows - rows), (0, 0)))
     is_decode = blocks.kernel == "decode"
     windows_W4, place_N2 = windows(group_sizes_E, padded_rows, blocks.rows, compact=not is_decode)
-    kernels = decode if is_decode else prefill
     with jax.named_scope(f"grouped_mlp_{blocks.kernel}"):
-        h = kernels.gate_up(x_ND, weights, windows_W4, activation, blocks, interpret)
         if not is_decode:
+            h = prefill.gate_up(x_ND, weights, windows_W4, activation, blocks, interpret)
             return prefill.down(h, weights, windows_W4, padded_rows, blocks, interpret)[:rows]
-        y_WRD = decode.down(h, weights, windows_W4, blocks, interpret)
+        h = decode.gate_up(x_ND, weights, windows_W4, activation, blocks, interpret, activations)
+        y_WRD = decode.down(h, weights, windows_W4, blocks, interpret, activations)
     is_grouped_N = jnp.arange(rows) < jnp.sum(group_sizes_E)
     window_N, place_in_N = place_N2[:rows, 0], place_N2[:rows, 1]
     return jnp.where(is_grouped_N[:, None], y_WRD[window_N, place_in_N], 0.0)

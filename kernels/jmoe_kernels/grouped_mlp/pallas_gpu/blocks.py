@@ -90,10 +90,11 @@ _HOPPER_CODES = {
     "prefill": BlockSizes("decode", 128, 64, 64, 64, 64, 4, 4),
 }
 DtypeOrCodes = Literal["bfloat16", "codes"]
+_BLOCKS: dict[DtypeOrCodes, dict[str, BlockSizes]] = {"bfloat16": _HOPPER, "codes": _HOPPER_CODES}
 TABLE: dict[tuple[str, DtypeOrCodes], dict[str, BlockSizes]] = {
     (device, kind): blocks
     for device in ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "default")
-    for kind, blocks in (("bfloat16", _HOPPER), ("codes", _HOPPER_CODES))
+    for kind, blocks in _BLOCKS.items()
 }
 
 

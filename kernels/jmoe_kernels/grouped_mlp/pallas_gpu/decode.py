@@ -6,6 +6,7 @@ and up with the activation, the second down. A unit of work is one (window, weig
 idle windows exit at once.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,11 +23,11 @@ from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
     BlockSizes,
     launch,
 )
-from jmoe_kernels.grouped_mlp.pallas_gpu.factor import Factor, arrays_of, contracted
+from jmoe_kernels.grouped_mlp.pallas_gpu.factor import Factor, arrays_of, contracted, rounded, times_units
 from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
 from jmoe_kernels.quantised import coding_of
 from jmoe_kernels.quantised.tiles import TILE
-from jmoe_kernels.settings import Activation
+from jmoe_kernels.settings import Activation, Activations
 
 
 def gate_up(
@@ -36,26 +37,29 @@ def gate_up(
     activation: Activation,
     blocks: BlockSizes,
     interpret: bool,
+    activations: Activations = "auto",
 ) -> BFloat16[Array, "W R F"]:
     """Returns ``act(gate x) * up x`` of every window; what idle windows hold is undefined."""
     experts, inner, model = weights.dims
     rows, tiles, bias = blocks.rows, inner // TILE, weights.gate_up_bias_E2F
-    factor = Factor(coding_of(weights.gate_up_E2FD), model, blocks.k_up, rows)
-    arrays = arrays_of(weights.gate_up_E2FD)
+    factor = Factor(coding_of(weights.gate_up_E2FD), model, blocks.k_up, rows, activations)
+    operands = Operands(arrays_of(weights.gate_up_E2FD), rounded(factor, x_ND), bias)
 
-    def kernel(x, windows, *rest):
-        (w, bias_ref), h = _operands(rest[:-1], len(arrays)), rest[-1]
+    def kernel(*references):
+        (x, units), w, bias_ref, windows, h = operands.split(references)
         unit = lax.axis_index("unit")
         window, f = lax.div(unit, tiles), lax.rem(unit, tiles)
         e = windows[window, EXPERT]
 
         @pl.when((e >= 0) & (e < experts))
         def _():
-            x_rows = x.at[pl.ds(pl.multiple_of(windows[window, ROW], ALIGN), rows)]
+            own = pl.ds(pl.multiple_of(windows[window, ROW], ALIGN), rows)
             sources = [factor.sources(w, e, p, f) for p in (0, 1)]
 
-            gate, up = contracted(factor, sources, f, x_rows, blocks.stages_up, interpret)
+            gate, up = contracted(factor, sources, f, x.at[own], blocks.stages_up, interpret)
             gate, up = (factor.end(sums, w, e, p, f) for p, sums in enumerate((gate, up)))
+            if units is not None:
+                gate, up = times_units(gate, units.at[own]), times_units(up, units.at[own])
             if bias_ref is not None:
                 gate = add_bias(gate, bias_ref.at[e, 0, pl.ds(f * TILE, TILE)])
                 up = add_bias(up, bias_ref.at[e, 1, pl.ds(f * TILE, TILE)])
@@ -65,17 +69,33 @@ def gate_up(
 
     return launch(
         kernel,
-        jax.ShapeDtypeStruct((windows_W4.shape[0], rows, inner), x_ND.dtype),
+        jax.ShapeDtypeStruct((windows_W4.shape[0], rows, inner), jnp.bfloat16),
         interpret,
         grid=(windows_W4.shape[0] * tiles,),
         grid_names=("unit",),
         kernel_name="jmoe_decode_gate_up",
-    )(x_ND, windows_W4, *arrays, *(() if bias is None else (bias.astype(jnp.float32),)))
+    )(*operands.arrays(windows_W4))
 
 
-def _operands(references: tuple, count: int) -> tuple[tuple, Any]:
-    """Returns the references of the weight's ``count`` arrays, and that of the biases or None."""
-    return references[:count], references[count] if len(references) > count else None
+@dataclass(frozen=True)
+class Operands:
+    """A kernel's arrays: those of its weights, the rows and perhaps their units, perhaps biases."""
+
+    weights: tuple[Array, ...]
+    rows: tuple[Array, ...]
+    bias: Array | None
+
+    def arrays(self, windows_W4: Array) -> tuple[Array, ...]:
+        biases = () if self.bias is None else (self.bias.astype(jnp.float32),)
+        return (*self.rows, *self.weights, *biases, windows_W4)
+
+    def split(self, references: tuple) -> tuple[tuple, tuple, Any, Any, Any]:
+        """Returns the references of the rows and their units, of the weights, of the biases, of the windows,
+        and of the result; None in the place of what there is not."""
+        count, end = len(self.rows), len(self.rows) + len(self.weights)
+        rows = (references[0], references[1] if count > 1 else None)
+        bias = None if self.bias is None else references[end]
+        return rows, references[count:end], bias, references[-2], references[-1]
 
 
 def add_bias(acc, bias):
@@ -110,6 +130,7 @@ def down(
     windows_W4: Int[Array, "W 4"],
     blocks: BlockSizes,
     interpret: bool,
+    activations: Activations = "auto",
 ) -> Float[Array, "W R D"]:
     """Returns ``down h`` of every window in float32.
 
@@ -117,11 +138,11 @@ def down(
     """
     experts, inner, model = weights.dims
     rows, tiles, bias = blocks.rows, model // TILE, weights.down_bias_ED
-    factor = Factor(coding_of(weights.down_EDF), inner, blocks.k_down, rows)
-    arrays = arrays_of(weights.down_EDF[:, None])
+    factor = Factor(coding_of(weights.down_EDF), inner, blocks.k_down, rows, activations)
+    operands = Operands(arrays_of(weights.down_EDF[:, None]), rounded(factor, h_WRF), bias)
 
-    def kernel(h, windows, *rest):
-        (w, bias_ref), y = _operands(rest[:-1], len(arrays)), rest[-1]
+    def kernel(*references):
+        (h, units), w, bias_ref, windows, y = operands.split(references)
         unit = lax.axis_index("unit")
         window, d = lax.div(unit, tiles), lax.rem(unit, tiles)
         e = windows[window, EXPERT]
@@ -131,6 +152,8 @@ def down(
             sources = [factor.sources(w, e, 0, d)]
             (value,) = contracted(factor, sources, d, h.at[window], blocks.stages_down, interpret)
             value = factor.end(value, w, e, 0, d)
+            if units is not None:
+                value = times_units(value, units.at[window])
             if bias_ref is not None:
                 value = add_bias(value, bias_ref.at[e, pl.ds(d * TILE, TILE)])
             store_transposed(value, y.at[window, :, pl.ds(d * TILE, TILE)], interpret)
@@ -142,4 +165,4 @@ def down(
         grid=(windows_W4.shape[0] * tiles,),
         grid_names=("unit",),
         kernel_name="jmoe_decode_down",
-    )(h_WRF, windows_W4, *arrays, *(() if bias is None else (bias.astype(jnp.float32),)))
+    )(*operands.arrays(windows_W4))

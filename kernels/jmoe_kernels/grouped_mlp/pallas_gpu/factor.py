@@ -23,8 +23,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import ACC
 from jmoe_kernels.quantised import DTYPES, Coding, Quantised, Weight
 from jmoe_kernels.quantised.tiles import TILE
+from jmoe_kernels.settings import Activations
 
 LATE_ROWS = 32  # the widest window whose groups are scaled late: wider ones spill
+INT8_ROWS = 64  # the widest window of int8 rows whose groups are scaled
+LEAST_INT8 = {"int8": 32, "iq4": 32, "int4": 64}  # numbers of a product with int8 rows
 Parts = tuple[Any, ...]  # a weight's arrays, or their tiles: values, and perhaps scales and lows
 
 
@@ -36,12 +39,14 @@ class Factor:
     depth: length of its rows.
     step: step of the contraction, in numbers.
     rows: number of rows of a window.
+    activations: what the rows may be rounded to (see ``has_int8_rows``).
     """
 
     coding: Coding | None
     depth: int
     step: int
     rows: int
+    activations: Activations = "auto"
 
     @property
     def group(self) -> int:
@@ -54,10 +59,23 @@ class Factor:
         return self.step if self.coding is None or self._is_late_row else min(self.step, self.group)
 
     @property
+    def has_int8_rows(self) -> bool:
+        """Whether rows are rounded to int8, because that is wanted and codes are or become int8. A product
+        then has 32 numbers at least, or 64 from registers, and sums of groups are always scaled."""
+        coding, least = self.coding, LEAST_INT8.get(self.coding.code) if self.coding else None
+        if self.activations != "int8" or coding is None or least is None or coding.has_lows:
+            return False
+        return self.group >= self.depth or (self.group % least == 0 and self.rows <= INT8_ROWS)
+
+    @property
+    def sums_dtype(self) -> Any:
+        return jnp.int32 if self.has_int8_rows else jnp.float32
+
+    @property
     def is_summed_by_group(self) -> bool:
         """Whether the sums of groups are scaled."""
-        is_late = self.coding is not None and not self.coding.has_lows and self.rows <= LATE_ROWS
-        return is_late and self.group < self.depth
+        is_late = self.coding is not None and not self.coding.has_lows
+        return is_late and self.group < self.depth and (self.rows <= LATE_ROWS or self.has_int8_rows)
 
     @property
     def _is_late_row(self) -> bool:
@@ -86,6 +104,16 @@ class Factor:
         values, *scales = tiles
         if self.coding is None:
             yield 0, values
+            return
+        if self.has_int8_rows:
+            in_memory = values.dtype == jnp.int8
+            codes = values if in_memory else values[...].astype(jnp.int8)
+            for first in range(0, self.step, self.piece):
+                end = first + self.piece
+                if self.piece == self.step:
+                    yield first, codes
+                else:
+                    yield first, codes.at[:, first:end] if in_memory else codes[:, first:end]
             return
         numbers = decoded(self.coding, values[...])
         for i in range(self.step // self.piece):
@@ -118,6 +146,28 @@ class Factor:
             return sums * _along_rows(self.scale(scales_s[0]), sums.shape)
 
         return pl.run_scoped(load, plgpu.SMEM((1, TILE), arrays[1].dtype), plgpu.Barrier())
+
+
+def rounded(factor: Factor, rows: Array) -> tuple[Array, ...]:
+    """Returns rows ``[..., depth]`` as the factor's product takes them: as they are, or as int8 with the unit
+    of each row, float32 ``[...]``."""
+    if not factor.has_int8_rows:
+        return (rows,)
+    rows = rows.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(rows), axis=-1)
+    units = jnp.where(largest == 0, 1, largest / 127)
+    return jnp.round(rows / units[..., None]).astype(jnp.int8), units
+
+
+def times_units(sums: Array, units: Any) -> Array:
+    """Returns sums ``[64, rows]`` times the units of ``rounded`` in device memory."""
+
+    def load(units_s, barrier):
+        plgpu.copy_gmem_to_smem(units, units_s, barrier)
+        plgpu.barrier_wait(barrier)
+        return sums * lax.broadcast_in_dim(units_s[...], sums.shape, (1,))
+
+    return pl.run_scoped(load, plgpu.SMEM(units.shape, jnp.float32), plgpu.Barrier())
 
 
 def arrays_of(weight: Weight) -> Parts:
@@ -214,9 +264,9 @@ def contracted(
                 plgpu.wgmma_wait(0)
 
             pipeline(contract)
-            return tuple(acc[...] for acc in accs)
+            return tuple(acc[...].astype(jnp.float32) for acc in accs)
 
-        return pl.run_scoped(accumulate, *[ACC((TILE, factor.rows))] * len(weights))
+        return pl.run_scoped(accumulate, *[ACC((TILE, factor.rows), factor.sums_dtype)] * len(weights))
 
     run = by_group if factor.is_summed_by_group else at_once
     if not interpret:
@@ -251,8 +301,8 @@ def _add_groups(factor: Factor, tiles: Parts, total: Array, multiply: Callable) 
         def sums(acc, numbers=numbers, start=start):
             multiply(acc, numbers, start)
             plgpu.wgmma_wait(0)
-            return acc[...]
+            return acc[...].astype(jnp.float32)
 
-        part = pl.run_scoped(sums, ACC(total.shape))
+        part = pl.run_scoped(sums, ACC((TILE, factor.rows), factor.sums_dtype))
         total = total + part * _along_rows(factor.scale(tiles[1][i]), part.shape)
     return total
