@@ -96,8 +96,7 @@ class Tuning:
 
     chunk: bytes of weights in a chunk.
     windows: as in ``BlockSizes``.
-    product: as in ``BlockSizes``; groups of fewer than 128 numbers get a smaller one, because the code of a
-        chunk has a piece for each.
+    product: as in ``BlockSizes``.
     rows: most rows of a block of x and y, for prefill.
     buffers: as in ``BlockSizes``.
     """
@@ -174,7 +173,7 @@ def fit_blocks(kernel: Kernel, dims: tuple[int, int, int], rows: int, form: Form
         block,
         row.buffers,
         chip.cores,
-        row.product // max(1, LANES // form.group if form.group > 1 else 1),
+        row.product,
         chip.vmem,
         form,
     )
