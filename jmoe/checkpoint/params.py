@@ -258,12 +258,14 @@ def put_on_mesh(buffer: np.ndarray, spec: ParamSpec) -> jax.Array:
     return join_shards(spec, {device: stored[index] for device, index in where.items()})
 
 
-def join_shards(spec: ParamSpec, parts: Mapping[jax.Device, np.ndarray]) -> jax.Array:
-    """Returns an array in memory, made from each device's part of it in a checkpoint's order and in the
-    storage dtype."""
+def join_shards(spec: ParamSpec, parts: Mapping[Any, np.ndarray]) -> jax.Array:
+    """Returns an array in memory.
+
+    parts: each device's part of it, in a checkpoint's order and in the storage dtype.
+    """
     kept, packing = spec.kept, spec.packing
 
-    def put(own: np.ndarray, device: jax.Device) -> jax.Array:
+    def put(own: np.ndarray, device: Any) -> jax.Array:
         packed = own if packing is None else packing.pack(own, is_scratch=False)
         there = SingleDeviceSharding(device, memory_kind=spec.sharding.memory_kind)
         return jax.device_put(packed, there, may_alias=True)

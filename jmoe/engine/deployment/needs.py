@@ -20,7 +20,7 @@ from jmoe.engine.deployment.sizes import PAGE_SIZE, rank_seats
 from jmoe.engine.offload.build import cache_bytes
 from jmoe.mesh import TENSOR, Split, platform_of
 from jmoe.models.decoder import make_blueprint
-from jmoe.moe.expert_leaves import UNCODED, store_codings
+from jmoe.moe.expert_leaves import UNCODED, layouts_for, store_codings
 from jmoe.nn.kinds import kinds_of
 
 PROGRAMS = 128 << 20  # bytes of compiled steps and of whatever else a process grows by
@@ -132,9 +132,11 @@ def weight_bytes(
 
 def _bytes_of_all_layers(cfg: ModelConfig, settings: EngineSettings, mesh: Mesh, codings: Codings) -> int:
     offload = settings.moe.offload
-    specs = abstract_decoder(make_blueprint(cfg, settings.moe, mesh, codings))[1].values()
+    blueprint = make_blueprint(cfg, settings.moe, mesh, codings)
+    resident = sum(_device_bytes(spec, mesh) for spec in abstract_decoder(blueprint)[1].values())
     stored = UNCODED if offload is None else store_codings(cfg, codings)
-    return sum(_device_bytes(spec, mesh) for spec in specs) + cache_bytes(cfg, offload, mesh, stored)
+    layouts = layouts_for(blueprint.kernels.experts, stored)
+    return resident + cache_bytes(cfg, offload, mesh, stored, layouts)
 
 
 def _device_bytes(spec: ParamSpec, mesh: Mesh) -> int:

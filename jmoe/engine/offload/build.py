@@ -1,6 +1,5 @@
 """The expert cache of a model whose experts are offloaded: its size, first contents and predictor."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jmoe_kernels.backends import Executor, get_backend
 from jmoe_kernels.grouped_mlp import ExpertWeights, storage_dtype
-from jmoe_kernels.quantised import LayoutName, Quantised, code_storage
+from jmoe_kernels.quantised import Quantised, code_storage
 
 from jmoe.checkpoint.identity import model_identity
 from jmoe.config.model import ModelConfig
@@ -20,9 +19,11 @@ from jmoe.config.techniques import OffloadConfig
 from jmoe.mesh import DATA, EXPERT, TENSOR, TOKENS, is_single, platform_of, split_attention
 from jmoe.models.decoder import Decoder
 from jmoe.moe.expert_leaves import (
+    IN_ROWS,
     UNCODED,
     ExpertLeaf,
     LeafCodings,
+    LeafLayouts,
     codings_of,
     expert_bytes,
     layouts_of,
@@ -65,7 +66,7 @@ def make_cache(
         predictor = _predictor(cfg, model.moe, mesh, seats, embeddings_VD, history)
     ranks, store = _ranks(mesh), model.store.weights
     codings = codings_of(store)
-    slots = count_slots(cfg, offload, mesh, codings)
+    slots = count_slots(cfg, offload, mesh, codings, layouts_of(store))
     table, copies = _full_tables(slots, loads_LE.astype(np.float32), mesh)
     pool = _empty_pool(cfg, slots, mesh, codings, layouts_of(store))
     specs = (weight_specs(store, None, EXPERT), COPIES), _pool_specs(pool)
@@ -88,7 +89,7 @@ def abstract_cache(
         embeddings_VD = np.zeros((1, cfg.hidden_size), np.float32)
         predictor = _predictor(cfg, moe, mesh, seats, embeddings_VD, None)
         table, _ = _full_tables(slots, np.zeros((len(cfg.moe_layers), cfg.num_experts), np.float32), mesh)
-        shapes = _empty_pool(cfg, slots, mesh, codings, {}, is_global=True)
+        shapes = _empty_pool(cfg, slots, mesh, codings, IN_ROWS, is_global=True)
         pool = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
         return _cache(cfg, moe, mesh, jax.tree.map(jnp.asarray, table), predictor, pool)
 
@@ -99,28 +100,38 @@ def abstract_cache(
     )
 
 
-def count_slots(cfg: ModelConfig, offload: OffloadConfig, mesh: Mesh, codings: LeafCodings = UNCODED) -> int:
+def count_slots(
+    cfg: ModelConfig,
+    offload: OffloadConfig,
+    mesh: Mesh,
+    codings: LeafCodings = UNCODED,
+    layouts: LeafLayouts = IN_ROWS,
+) -> int:
     """Returns the number of slots of each device's pool."""
     num_local = _local_experts(cfg, mesh)
     return offload.slots(
         layers=len(cfg.moe_layers), experts=num_local, k=min(cfg.num_experts_per_tok, num_local),
-        expert_bytes=expert_bytes(cfg, codings, mesh.shape[TENSOR]),
+        expert_bytes=expert_bytes(cfg, codings, mesh.shape[TENSOR], layouts),
     )  # fmt: skip
 
 
 def cache_bytes(
-    cfg: ModelConfig, offload: OffloadConfig | None, mesh: Mesh, codings: LeafCodings = UNCODED
+    cfg: ModelConfig,
+    offload: OffloadConfig | None,
+    mesh: Mesh,
+    codings: LeafCodings = UNCODED,
+    layouts: LeafLayouts = IN_ROWS,
 ) -> int:
     """Returns the device bytes that offloaded experts take: the pool, experts on their way, the predictor's
     store."""
     if offload is None:
         return 0
-    slots = count_slots(cfg, offload, mesh, codings) + offload.num_extra_experts
+    slots = count_slots(cfg, offload, mesh, codings, layouts) + offload.num_extra_experts
     store_bytes = PREDICTORS[offload.predictor].store_bytes(
         layers=len(cfg.moe_layers), experts=cfg.num_experts, width=cfg.hidden_size,
         store_size=offload.store_size,
     )  # fmt: skip
-    return slots * expert_bytes(cfg, codings, mesh.shape[TENSOR]) + store_bytes
+    return slots * expert_bytes(cfg, codings, mesh.shape[TENSOR], layouts) + store_bytes
 
 
 def has_parallel_copies(mesh: Mesh) -> bool:
@@ -184,7 +195,7 @@ def _empty_pool(
     slots: int,
     mesh: Mesh,
     codings: LeafCodings,
-    layouts: Mapping[str, LayoutName],
+    layouts: LeafLayouts,
     *,
     is_global: bool = False,
 ) -> ExpertWeights:

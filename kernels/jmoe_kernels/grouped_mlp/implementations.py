@@ -62,6 +62,8 @@ IMPLEMENTATIONS: dict[ExpertKernel, Implementation] = {
         limit=LazyFunction(PALLAS_TPU, "limit"),
         describe=lambda: "the Pallas kernels for tpu",
         has_interpreter=True,
+        rounds_activations=True,
+        layout_of=lambda coding: "columns",
     ),
     "pallas_gpu": Implementation(
         LazyFunction(PALLAS_GPU, "grouped_mlp_pallas_gpu"),

@@ -27,7 +27,7 @@ ERROR = 0.05  # of the outputs' root mean square: h, and numbers that are scaled
 
 @dataclass(frozen=True)
 class Case:
-    """One call: how both weights are stored, sizes of blocks and of groups of rows, and the rows' rounding."""
+    """One call: how both weights are stored, sizes of blocks and groups, and the rows' rounding."""
 
     gate_up: Coding
     down: Coding
