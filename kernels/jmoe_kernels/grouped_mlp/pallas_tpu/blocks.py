@@ -87,8 +87,8 @@ class BlockSizes:
         chunks = self.buffers * int(3 * self.inner * model * self.form.bits / 8)
         window = max(self.windows) * (2 * self.inner * 4 + self.inner * (4 + item) + 2 * model * 4)
         window += is_coded * max(self.windows) * (self.inner * 4 + 2 * LANES * 4)
-        if self.form.name == "int4":  # the compiler keeps the chunk as int8 too
-            window += 3 * self.inner * model
+        if self.form.name == "int4":  # the compiler keeps the chunk as int8 too, and spills
+            window += 3 * self.inner * model + MIB
         return (2 if self.kernel == "prefill" else 1) * x_and_y + chunks + window + MIB
 
 
