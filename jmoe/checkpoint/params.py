@@ -29,7 +29,7 @@ STACKED = {f"store.{leaf.store_name}": leaf.name for leaf in LEAVES}
 
 @dataclass(frozen=True)
 class Packing:
-    """How an array of a quantised parameter lies in memory.
+    """The way in which an array of a quantised parameter lies in memory.
 
     layout: layout of the parameter.
     role: what the array is to the parameter.

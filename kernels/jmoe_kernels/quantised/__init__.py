@@ -6,7 +6,7 @@ take every format that is read: signed bytes ("int8"), eight-bit floats ("e4m3")
 from -8 to 7 ("int4") or indexes into a table of sixteen ("e2m1", "iq4").
 
 The arrays keep the weight's leading axes, so one index takes an expert from all of them, and one partition of
-the leading axes and of ``out`` splits all of them. In which order the last axes lie is the weight's layout
+the leading axes and of the rows splits all of them. The order of the last axes is the weight's layout
 (``layouts``): that of checkpoints, or the one that a kernel reads.
 """
 

@@ -15,7 +15,7 @@ Kernel = Literal["decode", "prefill"]
 
 @dataclass(frozen=True)
 class Form:
-    """How the numbers of a call are stored, as far as block sizes depend on it.
+    """The way in which the numbers of a call are stored, as far as block sizes depend on it.
 
     name: dtype of the weights, or of their codes.
     bits: bits of a weight, with its share of scales and lows.
@@ -87,6 +87,8 @@ class BlockSizes:
         chunks = self.buffers * int(3 * self.inner * model * self.form.bits / 8)
         window = max(self.windows) * (2 * self.inner * 4 + self.inner * (4 + item) + 2 * model * 4)
         window += is_coded * max(self.windows) * (self.inner * 4 + 2 * LANES * 4)
+        if self.form.name == "int4":  # the compiler keeps the chunk as int8 too, and spills
+            window += 3 * self.inner * model + MIB
         return (2 if self.kernel == "prefill" else 1) * x_and_y + chunks + window + MIB
 
 
@@ -129,7 +131,7 @@ CHIPS = {
     "default": Chip(cores=1, vmem=32 * MIB, decode_rows=32),
 }
 CODED: dict[Kernel, Tuning] = {
-    "decode": Tuning(3 * MIB, windows=(64, 16), product=1 << 15, buffers=3),
+    "decode": Tuning(3 * MIB, windows=(32, 16), product=1 << 15, buffers=3),
     "prefill": Tuning(6 * MIB, windows=(128, 64), product=1 << 16, rows=512),
 }
 TABLE: dict[tuple[str, str, Kernel], Tuning] = {
