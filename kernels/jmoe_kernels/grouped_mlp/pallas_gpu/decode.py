@@ -23,7 +23,8 @@ from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
     BlockSizes,
     launch,
 )
-from jmoe_kernels.grouped_mlp.pallas_gpu.factor import Factor, arrays_of, contracted, rounded, times_units
+from jmoe_kernels.grouped_mlp.pallas_gpu.contraction import contracted, times_units
+from jmoe_kernels.grouped_mlp.pallas_gpu.factor import Factor, arrays_of, rounded
 from jmoe_kernels.grouped_mlp.types import ExpertWeights, gated
 from jmoe_kernels.quantised import coding_of
 from jmoe_kernels.quantised.tiles import TILE
