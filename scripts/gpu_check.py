@@ -6,9 +6,10 @@ Each section runs on its own: one that fails is a line of the table, and the oth
 when ``--budget`` seconds have passed are skipped, and say so. Sections: the machine's own limits (copy
 bandwidth, dense bfloat16 products), correctness against float64 on the CPU, the bundled model's tokens,
 decode and prefill of the layer sizes below, binning compared with its XLA form and with the decode layer,
-experts copied from host memory alone and during a layer, decode steps of a whole random model. Peers at each
-size: two bounds that no grouped product can be expected to beat (all rows through one expert; an even batched
-product), ``jax.lax.ragged_dot``, and tokamax and torch if they can be imported.
+experts copied from host memory alone and during a layer, every form of quantised weights beside bfloat16,
+decode steps of a whole random model. Peers at each size: two bounds that no grouped product can be expected
+to beat (all rows through one expert; an even batched product), ``jax.lax.ragged_dot``, and tokamax and torch
+if they can be imported.
 
 Times are medians of chained calls of one compiled loop that rotates over copies of the weights, so that the
 50 MB cache does not hold them. ``--dry`` runs the whole flow on CPU at toy sizes with the interpreter.
@@ -28,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gpu_checks.binning import METHODS, batches, binning_seconds, differing
+from gpu_checks.codes import codes
 from gpu_checks.correctness import correctness
 from gpu_checks.engine import DecodeBench, greedy_tokens, tokens_on_cpu
 from gpu_checks.offload import offload
@@ -210,6 +212,7 @@ SECTIONS: tuple[Callable[[Check], None], ...] = (
     binning,
     offload,
     prefill,
+    codes,
     model_decode,
 )
 

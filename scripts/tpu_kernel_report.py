@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shared import tpu_compiler
 from shared.layer_sizes import layer_sizes
@@ -61,6 +62,13 @@ class Layer:
     mesh: tuple[int, int]
 
 
+# how quantised weights are stored, by the name of the row; MXFP4 is multiplied as int8, in groups of 32
+CODINGS = {
+    "int8": ("int8", None), "int8-g128": ("int8", 128), "int8-g32": ("int8", 32), "int4": ("int4", None),
+    "int4-g128": ("int4", 128), "int4-g32": ("int4", 32), "e4m3": ("e4m3", None), "e4m3-g128": ("e4m3", 128),
+}  # fmt: skip
+
+
 def layer_of(name: str, mesh: tuple[int, int] = (4, 1)) -> Layer:
     """Returns the layer of a model, whose shape's file has the model's name."""
     sizes = layer_sizes(name.lower())
@@ -77,6 +85,7 @@ LAYERS = (
     layer_of("Qwen3-30B-A3B"),
     layer_of("OLMoE-1B-7B"),
     layer_of("DeepSeek-V2-Lite"),
+    layer_of("DeepSeek-V3", mesh=(4, 1)),
 )
 DECODE_ROWS, PREFILL_ROWS = 16, 8192  # rows of each expert; rows of a device
 COLUMNS = {
@@ -105,28 +114,39 @@ def compile_layer(chip: Chip, layer: Layer, rows: int, dtype_name: str) -> tuple
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
-    from jmoe_kernels.grouped_mlp.pallas_tpu import choose_blocks, grouped_mlp_pallas_tpu
+    from jmoe_kernels.grouped_mlp.pallas_tpu import choose_blocks, form_of, grouped_mlp_pallas_tpu
     from jmoe_kernels.grouped_mlp.types import ExpertWeights
+    from jmoe_kernels.quantised import Coding
 
     expert, tensor = layer.mesh
     devices = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology).devices
     mesh = Mesh(np.array(devices[: expert * tensor]).reshape(expert, tensor), ("expert", "tensor"))
-    dtype = jnp.dtype(dtype_name)
     blocks = []
 
-    def body(x_ND, gate_up_E2FD, down_EDF, sizes_E):  # type: ignore[no-untyped-def]
-        weights = ExpertWeights(gate_up_E2FD, down_EDF)
-        blocks.append((choose_blocks(weights.dims, x_ND.shape[0], weights.dtype), weights.dims))
+    def body(x_ND, weights, sizes_E):  # type: ignore[no-untyped-def]
+        blocks.append((choose_blocks(weights.dims, x_ND.shape[0], form_of(weights)), weights.dims))
         y_ND = grouped_mlp_pallas_tpu(x_ND, weights, sizes_E)
         return jax.lax.psum(y_ND, "tensor") if tensor > 1 else y_ND
 
-    specs = (P("expert"), P("expert", None, "tensor"), P("expert", None, "tensor"), P("expert"))
     e, d, f = layer.experts, layer.model, layer.inner
-    shapes = (((expert * rows, d), dtype), ((e, 2, f, d), dtype), ((e, d, f), dtype), ((e,), jnp.int32))
-    arguments = [
-        jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
-        for (shape, kind), spec in zip(shapes, specs, strict=True)
-    ]
+    axes, shapes = P("expert", None, "tensor"), ((e, 2, f, d), (e, d, f))
+    both: list[Any]
+    split: list[Any]
+    if dtype_name in CODINGS:
+        coding = Coding(*CODINGS[dtype_name])  # pyright: ignore[reportArgumentType]
+        both = [coding.shapes(shape, "bfloat16", "columns") for shape in shapes]
+        split, dtype = [weight.split(axes) for weight in both], jnp.dtype(jnp.bfloat16)
+    else:
+        dtype = jnp.dtype(dtype_name)
+        both, split = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes], [axes, axes]
+    specs = P("expert"), ExpertWeights(split[0], split[1]), P("expert")
+    of_rows = jax.ShapeDtypeStruct((expert * rows, d), dtype)
+    shapes = of_rows, ExpertWeights(both[0], both[1]), jax.ShapeDtypeStruct((e,), jnp.int32)
+    arguments = jax.tree.map(
+        lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)),
+        shapes,
+        specs,
+    )
     mapped = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P("expert"), check_vma=False)
     lowered = jax.jit(mapped).lower(*arguments)
     start = time.perf_counter()
@@ -140,19 +160,19 @@ def windows(kernel: tpu_compiler.Kernel, blocks, dims: tuple[int, int, int]) -> 
     The first window is small; its cycles include what a chunk costs in any case.
     """
     step = max(kernel.body.inner, key=lambda loop: loop.cycles)
-    # prefill zeroes a block of y first, in a loop that is not part of a chunk
-    zeroing, loops = (step.inner[:1], step.inner[1:]) if blocks.kernel == "prefill" else ((), step.inner)
-    large = loops[0]
+    # before the large windows are short loops: prefill zeroes a block of y, decode copies scales in VMEM
+    large = max(step.inner, key=lambda loop: loop.cycles)
+    before = step.inner.index(large)
 
     def trips(window: int) -> list[int]:
-        widths = blocks.columns(window, dims[2])
-        counts = [total // width for total, width in zip((blocks.inner, dims[2]), widths, strict=True)]
-        return [n for n in counts if n > 1]
+        up, down = blocks.columns(window, dims[2])
+        tiles = [window // blocks.form.align] if blocks.form.is_coded else []  # of h, which is split
+        return [n for n in (blocks.inner // up, *tiles, dims[2] // down) if n > 1]
 
     small_trips = trips(blocks.windows[1])
     return {
         "large": large.total(trips(blocks.windows[0])),
-        "small": step.total([0] * (len(zeroing) + 1) + small_trips),
+        "small": step.total([1] * before + [0] + small_trips),
         "large_spills": large.spills,
         "small_spills": step.spills - large.spills,
     }
@@ -160,7 +180,7 @@ def windows(kernel: tpu_compiler.Kernel, blocks, dims: tuple[int, int, int]) -> 
 
 def jobs(patterns: list[str]) -> Iterator[tuple[str, Layer, str, str]]:
     """Yields (chip, layer, kernel, dtype) of every row whose name matches one of ``patterns``."""
-    for job in itertools.product(CHIPS, LAYERS, ("decode", "prefill"), ("bfloat16", "float32")):
+    for job in itertools.product(CHIPS, LAYERS, ("decode", "prefill"), ("bfloat16", "float32", *CODINGS)):
         chip, layer, kernel, dtype = job
         if any(fnmatch.fnmatch(f"{chip}/{layer.name}/{kernel}/{dtype}", p) for p in patterns):
             yield job
@@ -175,9 +195,8 @@ def row_of_report(name: str, layer: Layer, kernel: str, dtype: str, dump: Path) 
     blocks, dims, seconds = compile_layer(chip, layer, rows, dtype)
     static = tpu_compiler.read_kernel(dump, f"grouped_mlp_{blocks.kernel}")
     cycles = windows(static, blocks, dims)
-    item = 2 if dtype == "bfloat16" else 4
     numbers = 3 * blocks.inner * layer.model
-    dma = numbers * item / (chip.bandwidth / chip.cores) * chip.clock
+    dma = numbers * blocks.form.bits / 8 / (chip.bandwidth / chip.cores) * chip.clock
     ideal = 2 * numbers * blocks.windows[0] / (chip.peak / chip.cores) * chip.clock
     return {
         "chip": name,
@@ -188,7 +207,7 @@ def row_of_report(name: str, layer: Layer, kernel: str, dtype: str, dump: Path) 
         "blocks": f"{blocks.inner}, {blocks.windows[0]}/{blocks.windows[1]}",
         "vmem": static.vmem,
         "vmem_limit": blocks.vmem_limit,
-        "vmem_estimate": blocks.vmem_bytes(layer.model, item),
+        "vmem_estimate": blocks.vmem_bytes(layer.model),
         "vmem_mib": round(static.vmem / 2**20, 1),
         "spills": f"{cycles['small_spills']} / {cycles['large_spills']}",
         **cycles,

@@ -147,7 +147,7 @@ def read_model(
             if placement is not None:
                 permute_gate(path, buffer, placement, blueprint.cfg.moe_layers)
             # on CPU the buffer becomes the parameter; on other devices it is freed with the next parameter
-            arrays[path] = jax.block_until_ready(jax.tree.map(put_on_mesh, buffer, spec.arrays))
+            arrays[path] = jax.block_until_ready(spec.in_memory(put_on_mesh, buffer))
             done += spec.nbytes
             report(done, total)
     return fill(model, arrays)

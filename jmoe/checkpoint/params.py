@@ -1,7 +1,7 @@
 """A decoder's parameters as a table: shape, dtypes and sharding of each, before any memory is allocated."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -13,8 +13,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jmoe_kernels import cpu
 from jmoe_kernels.backends import DenseKernel
-from jmoe_kernels.interleave import Layout, Part, interleave, interleaved
-from jmoe_kernels.quantised import Coding, code_storage
+from jmoe_kernels.grouped_mlp import IMPLEMENTATIONS
+from jmoe_kernels.quantised import LAYOUTS, Code, Coding, LayoutName, Role, code_storage
 
 from jmoe.blueprint import Blueprint
 from jmoe.config.reading import named
@@ -26,6 +26,25 @@ from jmoe.param import ParamMaker, Products
 
 Stored = TypeVar("Stored", bound=StoredTensor)
 STACKED = {f"store.{leaf.store_name}": leaf.name for leaf in LEAVES}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The way in which an array of a quantised parameter lies in memory.
+
+    layout: layout of the parameter.
+    role: what the array is to the parameter.
+    code: kind of the parameter's codes.
+    """
+
+    layout: LayoutName
+    role: Role
+    code: Code
+
+    def pack(self, array: np.ndarray, *, is_scratch: bool) -> np.ndarray:
+        """Returns a device's part of the array, which is in a checkpoint's order, as it lies in memory;
+        ``array`` itself, changed, if it is scratch and the layout allows it."""
+        return LAYOUTS[self.layout].pack(array, self.role, self.code, is_scratch)
 
 
 @dataclass(frozen=True)
@@ -42,8 +61,8 @@ class ParamSpec:
         quantised.
     coding: how its numbers are stored; None is not quantised.
     written: coding in a checkpoint: of ranks that cut its groups, ``coding`` has smaller ones.
-    layout: order of a quantised parameter's numbers in memory.
-    part: what this array of a quantised parameter is to ``interleave``; None leaves it as it is.
+    layout: layout of a quantised parameter in memory; the shape and the sharding are a checkpoint's.
+    packing: how this array of a quantised parameter lies in memory; None is as in a checkpoint.
     """
 
     path: str
@@ -55,8 +74,8 @@ class ParamSpec:
     products: Products | None = None
     coding: Coding | None = None
     written: Coding | None = None
-    layout: Layout = "rows"
-    part: Part | None = None
+    layout: LayoutName = "rows"
+    packing: Packing | None = None
 
     def in_float32(self) -> "ParamSpec":
         """Returns the same parameter in float32."""
@@ -65,7 +84,7 @@ class ParamSpec:
     @property
     def arrays(self) -> Any:
         """The arrays that hold the parameter, each as a ParamSpec of its own: this one, or a ``Quantised``
-        of them, whose paths end in ``.values``, ``.scales`` and ``.lows``."""
+        of them in a checkpoint's layout, whose paths end in ``.values``, ``.scales`` and ``.lows``."""
         coding, whole = self.coding, self.sharding
         if coding is None:
             return self
@@ -77,17 +96,35 @@ class ParamSpec:
             where = jax.tree.map(lambda _: whole, shapes)
         platform = next(iter(whole.device_set)).platform
 
-        def one(name: str, array: jax.ShapeDtypeStruct, sharding: Sharding, part: Part) -> ParamSpec:
-            storage = code_storage(coding.code, platform) if name == "values" else array.dtype
-            spec = ParamSpec(f"{self.path}.{name}", array.shape, array.dtype, storage, sharding)
-            return replace(spec, part=part) if self.layout == "n16" else spec
+        def one(role: Role, array: jax.ShapeDtypeStruct, sharding: Sharding) -> ParamSpec:
+            storage = code_storage(coding.code, platform) if role == "values" else array.dtype
+            packing = None if self.layout == "rows" else Packing(self.layout, role, coding.code)
+            path = f"{self.path}.{role}"
+            return ParamSpec(path, array.shape, array.dtype, storage, sharding, packing=packing)
 
-        names = replace(shapes, values="values", scales="scales", lows=shapes.lows and "lows")
-        parts = replace(coding.parts, dtype=shapes.dtype)
-        return replace(jax.tree.map(one, names, shapes, where, parts), layout=self.layout)
+        return jax.tree.map(one, shapes.roles, shapes, where)
+
+    def in_memory(self, put: Callable[[Any, "ParamSpec"], Any], value: Any) -> Any:
+        """Returns ``put(array, its ParamSpec)`` of every array of the parameter's value, as the parameter's
+        value in memory."""
+        kept = jax.tree.map(put, value, self.arrays)
+        return kept if self.coding is None else replace(kept, layout=self.layout)
+
+    @property
+    def kept(self) -> jax.ShapeDtypeStruct:
+        """The shape, dtype and sharding in memory of an array."""
+        packing = self.packing
+        if packing is None:
+            return jax.ShapeDtypeStruct(self.shape, self.storage, sharding=self.sharding)
+        layout, where = LAYOUTS[packing.layout], self.sharding
+        if isinstance(where, NamedSharding):
+            where = where.update(spec=layout.axes(where.spec, packing.role))
+        shape, dtype = layout.kept(self.shape, self.storage, packing.role, packing.code)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     @property
     def nbytes(self) -> int:
+        """Bytes in a checkpoint."""
         if self.coding is not None:
             return self.coding.nbytes(self.shape)
         return math.prod(self.shape) * self.dtype.itemsize
@@ -153,10 +190,13 @@ def _with_layout(spec: ParamSpec, blueprint: Blueprint) -> ParamSpec:
     """Returns the parameter in the layout of the kernel that multiplies with it."""
     if spec.coding is None:
         return spec
-    kernel = blueprint.kernels.experts if spec.products == "experts" else dense_kernel(spec, blueprint)
     local = spec.sharding.shard_shape(spec.shape)
-    fits = kernel == "cpu" and cpu.limit(spec.coding) is None and spec.coding.can_interleave(local)
-    return replace(spec, layout="n16") if fits else spec
+    if spec.products == "experts":
+        layout = IMPLEMENTATIONS[blueprint.kernels.experts].layout_of(spec.coding)
+    else:
+        is_taken = dense_kernel(spec, blueprint) == "cpu" and cpu.limit(spec.coding) is None
+        layout = "n16" if is_taken else "rows"
+    return replace(spec, layout=layout) if LAYOUTS[layout].fits(spec.coding.code, local) else spec
 
 
 def dense_kernel(spec: ParamSpec, blueprint: Blueprint) -> DenseKernel:
@@ -168,9 +208,7 @@ def dense_kernel(spec: ParamSpec, blueprint: Blueprint) -> DenseKernel:
 
 def shapes_of(spec: ParamSpec) -> Any:
     """Returns the parameter as shapes with dtypes in memory and shardings."""
-    return jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(array.shape, array.storage, sharding=array.sharding), spec.arrays
-    )
+    return spec.in_memory(lambda _, array: array.kept, spec.arrays)
 
 
 def fill(model: Decoder, arrays: Mapping[str, Any]) -> Decoder:
@@ -216,14 +254,28 @@ def put_on_mesh(buffer: np.ndarray, spec: ParamSpec) -> jax.Array:
     to it any more; it is made read-only.
     """
     stored = buffer.view(spec.storage)
-    if spec.part is not None and isinstance(spec.sharding, SingleDeviceSharding):
-        interleave(stored, spec.part)
-    buffer.flags.writeable = stored.flags.writeable = False
     if isinstance(spec.sharding, SingleDeviceSharding):
-        return jax.device_put(stored, spec.sharding, may_alias=True)
-    return jax.make_array_from_callback(spec.shape, spec.sharding, lambda index: _shard(stored[index], spec))
+        kept = stored if spec.packing is None else spec.packing.pack(stored, is_scratch=True)
+        buffer.flags.writeable = stored.flags.writeable = kept.flags.writeable = False
+        return jax.device_put(kept, spec.sharding, may_alias=True)
+    buffer.flags.writeable = stored.flags.writeable = False
+    where = spec.sharding.addressable_devices_indices_map(spec.shape)
+    return join_shards(spec, {device: stored[index] for device, index in where.items()})
 
 
-def _shard(own: np.ndarray, spec: ParamSpec) -> np.ndarray:
-    """Returns a device's part of an array in the layout of its parameter."""
-    return own if spec.part is None else interleaved(own, spec.part)
+def join_shards(spec: ParamSpec, parts: Mapping[Any, np.ndarray]) -> jax.Array:
+    """Returns an array in memory.
+
+    parts: each device's part of it, in a checkpoint's order and in the storage dtype.
+    """
+    kept, packing = spec.kept, spec.packing
+
+    def put(own: np.ndarray, device: Any) -> jax.Array:
+        packed = own if packing is None else packing.pack(own, is_scratch=False)
+        there = SingleDeviceSharding(device, memory_kind=spec.sharding.memory_kind)
+        return jax.device_put(packed, there, may_alias=True)
+
+    shards = [put(own, device) for device, own in parts.items()]
+    if isinstance(spec.sharding, SingleDeviceSharding):
+        return shards[0]
+    return jax.make_array_from_single_device_arrays(kept.shape, kept.sharding, shards)

@@ -10,8 +10,8 @@ from types import MappingProxyType
 
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jmoe_kernels.grouped_mlp import ExpertCodings, ExpertWeights
-from jmoe_kernels.quantised import Coding, coding_of
+from jmoe_kernels.grouped_mlp import IMPLEMENTATIONS, ExpertCodings, ExpertKernel, ExpertWeights
+from jmoe_kernels.quantised import Coding, LayoutName, Quantised, coding_of
 
 from jmoe.blueprint import Codings
 from jmoe.config.model import ModelConfig
@@ -20,6 +20,8 @@ from jmoe.param import Axes, split
 
 LeafCodings = Mapping[str, Coding]  # how leaves are stored, by their names; the others are not quantised
 UNCODED: LeafCodings = MappingProxyType({})
+LeafLayouts = Mapping[str, LayoutName]  # how quantised leaves lie in memory; the others are in rows
+IN_ROWS: LeafLayouts = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -74,26 +76,46 @@ def leaves_of(cfg: ModelConfig) -> tuple[ExpertLeaf, ...]:
     return tuple(leaf for leaf in LEAVES if cfg.expert_bias or not leaf.is_bias)
 
 
-def expert_bytes(cfg: ModelConfig, codings: LeafCodings = UNCODED, num_parts: int = 1) -> int:
+def expert_bytes(
+    cfg: ModelConfig, codings: LeafCodings = UNCODED, num_parts: int = 1, layouts: LeafLayouts = IN_ROWS
+) -> int:
     """Returns the bytes of one routed expert, or of a device's part of it if it is split over ``num_parts``
     devices.
 
-    codings: how its leaves are stored.
+    codings, layouts: how its leaves are stored.
     """
-    return sum(_leaf_bytes(leaf, cfg, codings.get(leaf.name), num_parts) for leaf in leaves_of(cfg))
+
+    def one(leaf: ExpertLeaf) -> int:
+        name = leaf.name
+        return _leaf_bytes(leaf, cfg, codings.get(name), num_parts, layouts.get(name, "rows"))
+
+    return sum(map(one, leaves_of(cfg)))
 
 
-def _leaf_bytes(leaf: ExpertLeaf, cfg: ModelConfig, coding: Coding | None, num_parts: int) -> int:
+def _leaf_bytes(
+    leaf: ExpertLeaf, cfg: ModelConfig, coding: Coding | None, num_parts: int, layout: LayoutName
+) -> int:
     shape = leaf.shape(cfg, num_parts)
     if coding is None:
         return math.prod(shape) * jnp.dtype(cfg.dtype).itemsize
-    return coding.split(leaf.shape(cfg)[-1], leaf.inner_parts(num_parts)).nbytes(shape)
+    return coding.split(leaf.shape(cfg)[-1], leaf.inner_parts(num_parts)).nbytes(shape, layout)
 
 
 def codings_of(weights: ExpertWeights) -> LeafCodings:
     """Returns how the leaves of stacks of experts are stored."""
     found = {leaf.name: coding_of(getattr(weights, leaf.name)) for leaf in LEAVES}
     return {name: coding for name, coding in found.items() if coding is not None}
+
+
+def layouts_for(kernel: ExpertKernel, codings: LeafCodings) -> LeafLayouts:
+    """Returns the layouts in which a kernel wants leaves."""
+    return {name: IMPLEMENTATIONS[kernel].layout_of(coding) for name, coding in codings.items()}
+
+
+def layouts_of(weights: ExpertWeights) -> LeafLayouts:
+    """Returns the layouts of the quantised leaves of stacks of experts."""
+    leaves = {leaf.name: getattr(weights, leaf.name) for leaf in LEAVES}
+    return {name: leaf.layout for name, leaf in leaves.items() if isinstance(leaf, Quantised)}
 
 
 def layer_codings(codings: Codings, layer: int) -> LeafCodings:

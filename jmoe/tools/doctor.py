@@ -16,7 +16,7 @@ from jmoe.engine.deployment.deployment import Deployment, resolve
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.offload.build import count_slots, has_parallel_copies
 from jmoe.mesh import TENSOR, platform_of
-from jmoe.moe.expert_leaves import expert_bytes, store_codings
+from jmoe.moe.expert_leaves import expert_bytes, layouts_for, store_codings
 from jmoe.nn.kinds import page_bytes
 from jmoe.nn.kv_cache import kv_dtype
 
@@ -81,8 +81,10 @@ def _offload(deployment: Deployment) -> dict[str, Any] | None:
     if offload is None or deployment.executor is None:
         return None
     codings = store_codings(cfg, deployment.blueprint.codings)
-    whole, slots = expert_bytes(cfg, codings), count_slots(cfg, offload, mesh, codings)
-    one = expert_bytes(cfg, codings, mesh.shape[TENSOR])
+    layouts = layouts_for(deployment.blueprint.kernels.experts, codings)
+    whole = expert_bytes(cfg, codings, layouts=layouts)
+    slots = count_slots(cfg, offload, mesh, codings, layouts)
+    one = expert_bytes(cfg, codings, mesh.shape[TENSOR], layouts)
     executor, why = deployment.executor
     return {
         "expert_bytes": whole,

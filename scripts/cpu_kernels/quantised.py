@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jmoe_kernels.grouped_mlp import ExpertWeights
 from jmoe_kernels.grouped_mlp.cpu import grouped_mlp_cpu
-from jmoe_kernels.interleave import interleave
-from jmoe_kernels.quantised import Coding, Quantised, code_storage
+from jmoe_kernels.quantised import LAYOUTS, Coding, Quantised, code_storage
 from jmoe_kernels.settings import Activations
 
 from jmoe.checkpoint.checkpoint import aligned_empty
@@ -74,8 +73,9 @@ def _random(coding: Coding | None, shape: tuple[int, ...], seed: int) -> Any:
     arrays = Quantised(codes, filled(shapes.scales, per_group), None, coding, "float32", "n16")
     if coding.has_lows:
         arrays = replace(arrays, lows=filled(shapes.lows, lambda s: -0.01))
-    jax.tree.map(lambda part, array: interleave(array, part), replace(coding.parts, layout="n16"), arrays)
-    return jax.tree.map(lambda a: jax.device_put(a, may_alias=True), arrays)
+    pack = LAYOUTS[arrays.layout].pack
+    packed = jax.tree.map(lambda role, array: pack(array, role, coding.code, True), arrays.roles, arrays)
+    return jax.tree.map(lambda a: jax.device_put(a, may_alias=True), packed)
 
 
 def measure(

@@ -1,5 +1,6 @@
 """Tests that quantised weights are in memory as the kernels read them, and mean the same on every mesh."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jmoe_kernels import cpu
+from jmoe_kernels.grouped_mlp import IMPLEMENTATIONS
 from jmoe_kernels.quantised import Quantised, dequantised
 from support.models import hf_tiny
 
@@ -76,3 +78,50 @@ def test_stacks_of_offloaded_experts_are_packed(model: Path):
     for layer in range(stack.shape[0]):
         want = dequantised(plain[f"layers.{layer}.moe.experts.down_EDF"])
         np.testing.assert_array_equal(dequantised(stack)[layer], want)
+
+
+@pytest.fixture
+def columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes portable XLA want its experts in the layout of the TPU kernels."""
+    wanting = replace(IMPLEMENTATIONS["xla"], layout_of=lambda coding: "columns")
+    monkeypatch.setitem(IMPLEMENTATIONS, "xla", wanting)
+
+
+@pytest.mark.parametrize("method", ["int8", "int4", "fp8", "mxfp4"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_experts_in_columns_compute_what_rows_do(method, sizes, model: Path, tmp_path: Path, request):
+    mesh, ids, how = make_mesh(*sizes), jax.numpy.arange(32).reshape(4, 8), Quantize(method)
+    want = logits_of(load_model(model, mesh, PORTABLE, quantize=how), ids)
+    convert(model, tmp_path / "converted", quantize=how)
+    request.getfixturevalue("columns")
+    for turned in (
+        load_model(model, mesh, PORTABLE, quantize=how),
+        load_model(tmp_path / "converted", mesh, PORTABLE),
+    ):
+        layouts = {path: weight.layout for path, weight in quantised(turned).items()}
+        assert all((layout == "columns") == ("experts" in path) for path, layout in layouts.items())
+        np.testing.assert_allclose(logits_of(turned, ids), want, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("method", ["int4", "mxfp4"])
+def test_stacks_of_offloaded_experts_in_columns(method, model: Path, columns):
+    offload = MoEConfig(offload=OffloadConfig(slots_per_layer=4), kernel="xla")
+    stack = quantised(load_model(model, make_mesh(), offload, quantize=Quantize(method)))["store.down_LEDF"]
+    plain = quantised(load_model(model, make_mesh(), PORTABLE, quantize=Quantize(method)))
+    assert stack.layout == "columns"
+    for layer in range(stack.shape[0]):
+        want = dequantised(plain[f"layers.{layer}.moe.experts.down_EDF"])
+        np.testing.assert_array_equal(dequantised(stack)[layer], want)
+
+
+@pytest.mark.parametrize("method", ["int8", "int4", "fp8", "mxfp4"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 1)])
+def test_experts_in_tiles_compute_what_rows_do(method, sizes, model: Path, monkeypatch: pytest.MonkeyPatch):
+    mesh, ids, how = make_mesh(*sizes), jax.numpy.arange(32).reshape(4, 8), Quantize(method)
+    want = logits_of(load_model(model, mesh, PORTABLE, quantize=how), ids)
+    wanting = replace(IMPLEMENTATIONS["xla"], layout_of=IMPLEMENTATIONS["pallas_gpu"].layout_of)
+    monkeypatch.setitem(IMPLEMENTATIONS, "xla", wanting)
+    tiled = load_model(model, mesh, PORTABLE, quantize=how)
+    layouts = {path: weight.layout for path, weight in quantised(tiled).items()}
+    assert all((layout == "tiles") == ("experts" in path) for path, layout in layouts.items())
+    np.testing.assert_allclose(logits_of(tiled, ids), want, atol=2e-5 * np.abs(want).max())

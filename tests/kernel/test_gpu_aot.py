@@ -24,6 +24,25 @@ CASES["over 8 devices"] = dict(MODELS["Qwen3-30B-A3B"], device=H200, rows=256, s
 for activation in ("swiglu_oai", "gelu_tanh", "relu"):
     sizes = {"experts": 32, "inner": 2880, "model": 2880, "rows": 64}
     CASES[f"biases, {activation}"] = {**sizes, "device": H200, "biases": True, "activation": activation}
+ROW_INT8, GROUPED_INT4 = {"code": "int8", "group": None}, {"code": "int4", "group": 32, "scales": "bfloat16"}
+GROUPED_INT8, ROW_INT4 = {"code": "int8", "group": 32}, {"code": "int4", "group": None}
+E4M3, MXFP4 = {"code": "e4m3", "group": 128}, {"code": "e2m1", "group": 32, "scales": "uint8"}
+QWEN3, DEEPSEEK_V3 = MODELS["Qwen3-30B-A3B"], {"experts": 32, "inner": 2048, "model": 7168}
+GPT_OSS = {"experts": 32, "inner": 2880, "model": 2880, "biases": True, "activation": "swiglu_oai"}
+FEW_ROWS = {
+    "Qwen3, int8, 1 row": dict(QWEN3, codings=[ROW_INT8] * 2, rows=128),
+    "Qwen3, int4, 8 rows, 8 devices": dict(QWEN3, codings=[GROUPED_INT4] * 2, rows=8 * 128, shards=8),
+    "DeepSeek-V3, e4m3, 2 rows": dict(DEEPSEEK_V3, codings=[E4M3] * 2, rows=2 * 32),
+    "Qwen3, int8 rows": dict(QWEN3, codings=[GROUPED_INT8, ROW_INT4], rows=256, activations="int8"),
+    "gpt-oss, MXFP4, 2 rows": dict(GPT_OSS, codings=[MXFP4] * 2, rows=2 * 32, device=H100),
+}
+MANY_ROWS = {
+    "DeepSeek-V3, e4m3, 256 rows": dict(DEEPSEEK_V3, codings=[E4M3] * 2, rows=256 * 32),
+    "gpt-oss, int4 with lows, 256 rows": dict(
+        GPT_OSS, codings=[GROUPED_INT4 | {"has_lows": True}] * 2, rows=256 * 32
+    ),
+}
+CASES |= {name: {"device": H200, **case} for name, case in (FEW_ROWS | MANY_ROWS).items()}
 REFUSED = {"experts": 8, "inner": 96, "model": 128, "device": H200, "rows": 8}
 
 pytestmark = [
@@ -45,6 +64,17 @@ def test_compiles_to_tensor_cores_and_tma_without_spills(name: str, compiled: di
     for kernel in compiled[name]["kernels"]:
         assert kernel["wgmma"] and kernel["tma"] and kernel["spill_bytes"] == 0, kernel
         assert kernel["smem_bytes"] <= 227 * 1024, kernel
+
+
+def test_int8_rows_take_sums_of_int8(compiled: dict[str, dict]):
+    assert [kernel["wgmma"] for kernel in compiled["Qwen3, int8 rows"]["kernels"]] == [["m64n16k32"]] * 2
+
+
+@pytest.mark.parametrize("name", FEW_ROWS)
+def test_quantised_weights_are_copied_nowhere(name: str, compiled: dict[str, dict]):
+    case = CASES[name]
+    numbers = 3 * case["experts"] * case["inner"] * case["model"] // case.get("shards", 1)
+    assert compiled[name]["temporary"] < 0.3 * numbers, "half a byte a number is the least form of them"
 
 
 @pytest.mark.parametrize("model", MODELS)

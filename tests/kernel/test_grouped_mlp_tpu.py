@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jmoe_kernels.grouped_mlp.cases import Case, empty_patterns, make_inputs
 from jmoe_kernels.grouped_mlp.pallas_tpu import BlockSizes, choose_blocks, grouped_mlp_pallas_tpu, limit
-from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import CHIPS, ROW_ALIGN
+from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import CHIPS, ROW_ALIGN, Form
 from jmoe_kernels.grouped_mlp.pallas_tpu.prefill import make_tiles
 from jmoe_kernels.grouped_mlp.types import ExpertWeights
 from jmoe_kernels.settings import Activation
@@ -338,8 +338,8 @@ def test_blocks_fit_the_chip_at_real_sizes(kind: str):
     for dims in layers:
         for rows in (1, 16, 100, 1024, 8192, 65536):
             for dtype in map(jnp.dtype, ("bfloat16", "float32")):
-                blocks = choose_blocks(dims, rows, dtype, kind)
-                assert blocks.vmem_bytes(dims[2], dtype.itemsize) <= CHIPS[kind].vmem
+                blocks = choose_blocks(dims, rows, Form.of_dtype(dtype), kind)
+                assert blocks.vmem_bytes(dims[2]) <= CHIPS[kind].vmem
                 assert dims[1] % blocks.inner == 0 and blocks.rows % ROW_ALIGN == 0
                 assert max(blocks.windows) <= blocks.rows and all(w % ROW_ALIGN == 0 for w in blocks.windows)
                 assert blocks.kernel == "prefill" or rows <= min(

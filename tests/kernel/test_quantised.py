@@ -1,5 +1,7 @@
 """The type of quantised weights: its numbers, shapes and partitions, and rounding to its codes."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp
 from jmoe_kernels.matmul import linear
-from jmoe_kernels.quantised import TABLES, Coding, Quantised, as_float, dequantised
+from jmoe_kernels.quantised import LAYOUTS, TABLES, Code, Coding, Quantised, as_float, dequantised
 
 from jmoe.checkpoint.quantised.quantise import quantise
 from jmoe.checkpoint.slices import regrouped
@@ -191,3 +193,35 @@ def test_products_are_those_of_the_dequantised_weight(coding: Coding):
     for name in ("xla", "reference"):
         got = grouped_mlp(rows, ExpertWeights(gate_up, down), sizes, implementation=name)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize("code", get_args(Code))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_keeps_numbers_shape_and_bytes(layout, code):
+    for scales, group in (("float32", None), ("uint8", 32), ("float16", 16)):
+        coding = Coding(code, group, scales, has_lows=scales == "float16")
+        weight = random_codes(coding, (3, 2, 64, 96))
+        packed, shapes = weight.in_layout(layout), coding.shapes(weight.shape, layout=layout)
+        assert packed.shape == shapes.shape == weight.shape
+        np.testing.assert_array_equal(dequantised(packed), dequantised(weight))
+        on_device = jax.tree.map(jnp.asarray, packed)
+        np.testing.assert_array_equal(jax.jit(dequantised)(on_device[1]), dequantised(weight)[1])
+        assert [(a.shape, a.dtype) for a in jax.tree.leaves(on_device)] == [
+            (a.shape, a.dtype) for a in jax.tree.leaves(shapes)
+        ]
+        nbytes = sum(a.nbytes for a in jax.tree.leaves(packed))
+        halves = packed.values.nbytes // 2 if packed.values.dtype == jnp.int4 else 0
+        assert coding.nbytes(weight.shape, layout) == nbytes - halves
+
+
+def test_columns_are_split_by_the_axes_of_their_rows():
+    coding = Coding("int4", 32, "float16", has_lows=True)
+    packed = coding.shapes((4, 2, 64, 96), layout="columns")
+    split = packed.split(P("expert", None, "tensor"))
+    assert split.values == P("expert", None, None, "tensor")
+    assert split.scales == split.lows == P("expert", None, None, None, "tensor")
+    of_down = coding.shapes((4, 64, 96), layout="columns").split(P("expert", None, "tensor"))
+    assert of_down.values == P("expert", "tensor", None)
+    assert of_down.scales == P("expert", "tensor", None, None)
+    whole_rows = Coding("int8", None).shapes((4, 64, 96), layout="columns")
+    assert whole_rows.split(P("expert", None, "tensor")).scales == P("expert", None, None, None)

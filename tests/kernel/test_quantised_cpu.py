@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from jmoe_kernels import cpu
 from jmoe_kernels.choice import choose_kernels
 from jmoe_kernels.grouped_mlp import ExpertWeights, grouped_mlp
-from jmoe_kernels.interleave import interleave, interleaved, rows_of
 from jmoe_kernels.matmul import linear
 from jmoe_kernels.quantised import Coding, dequantised
+from jmoe_kernels.quantised.interleave import interleave, interleaved, part_of, rows_of
 from support import quantised_kernels
 from support.quantised_kernels import CODES, in_blocks, on_device, random_weight
 
@@ -38,16 +38,14 @@ def test_interleaved_weights_come_back(code, group, blocks: int, steps: int, fro
     packed = in_blocks(weight)
     assert packed.layout == "n16" and packed.shape == weight.shape
     np.testing.assert_array_equal(dequantised(packed), dequantised(weight))
-    for part, array, own in zip(
-        jax.tree.leaves(coding.parts), jax.tree.leaves(packed), jax.tree.leaves(weight), strict=True
-    ):
-        np.testing.assert_array_equal(rows_of(array, part), own)
+    for role, array, own in zip(*map(jax.tree.leaves, (weight.roles, packed, weight)), strict=True):
+        np.testing.assert_array_equal(rows_of(array, part_of(role, code)), own)
 
 
 def test_interleaving_in_place_equals_a_copy_in_chunks_of_any_size(monkeypatch):
     rows = np.random.default_rng(0).integers(0, 256, (3, 48, 40)).astype(np.uint8)
     copies = {part: interleaved(rows, part) for part in ("bytes", "nibbles", "scales")}
-    monkeypatch.setattr("jmoe_kernels.interleave.CHUNK", 1500)
+    monkeypatch.setattr("jmoe_kernels.quantised.interleave.CHUNK", 1500)
     for part, copy in copies.items():
         mine = rows.copy()
         interleave(mine, part)

@@ -23,12 +23,29 @@ SCHEDULE = "\n".join(
 )
 
 
-PATTERNS = ("*/decode/bfloat16", "*/Qwen3*/prefill/bfloat16", "v5e/OLMoE*/float32")
+PATTERNS = (
+    *("*/[MQO]*/decode/bfloat16", "*/DeepSeek-V2*/decode/bfloat16", "*/Qwen3*/prefill/bfloat16"),
+    "v5e/OLMoE*/float32",
+)
+# forms whose decode must keep up with memory: int8 and e4m3 on a chip each, int4 on the slowest and fastest
+CODED = ("v6e/Qwen3*/decode/int8", "v5e/Qwen3*/decode/int4-g128", "v5p/Qwen3*/decode/e4m3-g128")
 
 
 @pytest.fixture(scope="module")
 def report() -> list[dict]:
     return run_report("--only", *PATTERNS, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def coded_report() -> list[dict]:
+    return run_report("--only", *CODED, timeout=300)
+
+
+def test_decode_of_quantised_weights_keeps_up_with_memory(coded_report: list[dict]):
+    assert len(coded_report) == len(CODED)
+    for row in coded_report:
+        assert row["small"] < row["dma"], row
+        assert row["vmem"] <= row["vmem_estimate"] <= row["vmem_limit"], row
 
 
 def test_loops_are_read_from_branches_and_spills_from_stores():

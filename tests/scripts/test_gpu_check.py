@@ -29,6 +29,16 @@ def test_binning_runs_dry(tmp_path: Path, gpu_check: ModuleType):
     assert rows[0]["verdict"] == "1 of 1 as the reference pass" and "XLA x" in rows[1]["verdict"]
 
 
+def test_quantised_forms_run_dry(tmp_path: Path, gpu_check: ModuleType):
+    with gpu_interpreter():
+        assert gpu_check.main(["--dry", "--out", str(tmp_path), "--sections", "codes"]) == 0
+    rows = json.loads((tmp_path / "gpu_check.json").read_text())["rows"]
+    assert [row["verdict"] for row in rows[:2]] == ["pass", "pass"]
+    assert [row["name"] for row in rows[2:]] == [
+        "bfloat16", "int8, one scale a row", "e2m1, groups of 32",
+    ]  # fmt: skip
+
+
 @pytest.mark.matrix
 def test_all_runs_dry_and_a_failing_section_is_isolated(
     tmp_path: Path, gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch
@@ -51,6 +61,7 @@ def test_all_runs_dry_and_a_failing_section_is_isolated(
         "decode",
         "offload",
         "prefill",
+        "codes",
         "model",
     }
     assert not [row for row in rows[1:] if "error" in row["verdict"].lower() or "FAIL" in row["verdict"]]

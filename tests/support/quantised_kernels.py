@@ -9,8 +9,7 @@ import numpy as np
 from jmoe_kernels import cpu
 from jmoe_kernels.grouped_mlp import ExpertWeights
 from jmoe_kernels.grouped_mlp.cpu import combined_mlp_cpu, grouped_mlp_cpu
-from jmoe_kernels.interleave import interleaved
-from jmoe_kernels.quantised import Code, Coding, Quantised, Scales, dequantised
+from jmoe_kernels.quantised import LAYOUTS, Code, Coding, Quantised, Scales, dequantised
 from jmoe_kernels.settings import Activations
 
 RNG = np.random.default_rng
@@ -43,10 +42,8 @@ def random_weight(coding: Coding, shape: tuple[int, ...], seed: int = 0) -> Quan
 
 def in_blocks(weight: Quantised) -> Quantised:
     """Returns the weight in the layout "n16", or as it is if it does not fit."""
-    if not weight.coding.can_interleave(weight.shape):
-        return weight
-    parts = replace(weight.coding.parts, dtype=weight.dtype)
-    return replace(jax.tree.map(lambda part, a: interleaved(a, part), parts, weight), layout="n16")
+    fits = LAYOUTS["n16"].fits(weight.coding.code, weight.shape)
+    return weight.in_layout("n16") if fits else weight
 
 
 def on_device(weight: Quantised) -> Quantised:

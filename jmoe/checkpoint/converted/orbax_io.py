@@ -19,14 +19,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
-from jmoe_kernels.interleave import interleaved
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jmoe.blueprint import Blueprint, Codings
 from jmoe.checkpoint.converted.manifest import MANIFEST, PARAMS, Manifest, read_manifest, verify_files
 from jmoe.checkpoint.experts.renumber import permuted
 from jmoe.checkpoint.experts.stacks import Stacks
-from jmoe.checkpoint.params import ParamSpec, abstract_decoder, by_path, fill, joined, put_on_mesh
+from jmoe.checkpoint.params import (
+    ParamSpec,
+    abstract_decoder,
+    by_path,
+    fill,
+    join_shards,
+    joined,
+    put_on_mesh,
+)
 from jmoe.config.model import ModelConfig
 from jmoe.config.units import cause
 from jmoe.models.decoder import Decoder
@@ -97,11 +104,11 @@ def restore_model(
             if placement is not None:
                 value = jax.tree.map(partial(_renumbered, spec.path, placement, cfg.moe_layers), value)
             if stacks is None or not stacks.take(spec.path, value):
-                values[spec.path] = jax.tree.map(as_stored, value, spec.arrays)
+                values[spec.path] = spec.in_memory(as_stored, value)
         report(done, total)
     if stacks is not None:
         for spec, buffers in stacks.items():
-            values[spec.path] = jax.tree.map(put_on_mesh, buffers, spec.arrays)
+            values[spec.path] = spec.in_memory(put_on_mesh, buffers)
     return fill(model, values)
 
 
@@ -208,20 +215,10 @@ class _LateReads:
 def as_stored(array: jax.Array, spec: ParamSpec) -> jax.Array:
     """Returns ``array`` in the storage dtype and layout; on CPU its memory is reused if the layout is the
     checkpoint's."""
-    if array.dtype == spec.storage and spec.part is None:
+    if array.dtype == spec.storage and spec.packing is None:
         return array
-
-    def stored(own: np.ndarray) -> np.ndarray:
-        viewed = own.view(spec.storage)
-        return viewed if spec.part is None else interleaved(viewed, spec.part)
-
-    shards = [
-        jax.device_put(stored(np.asarray(shard.data)), shard.device, may_alias=True)
-        for shard in array.addressable_shards
-    ]
-    if isinstance(spec.sharding, SingleDeviceSharding):
-        return shards[0]
-    return jax.make_array_from_single_device_arrays(spec.shape, spec.sharding, shards)
+    shards = array.addressable_shards
+    return join_shards(spec, {s.device: np.asarray(s.data).view(spec.storage) for s in shards})
 
 
 def check_count(directory: Path, manifest: Manifest, cfg: ModelConfig) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 from jmoe_kernels.backends import Executor
+from jmoe_kernels.grouped_mlp import IMPLEMENTATIONS
 from jmoe_kernels.matmul import why_dequantised
 
 from jmoe.blueprint import Blueprint
@@ -113,7 +114,8 @@ def resolve(model: str | Path, settings: EngineSettings) -> Deployment:
 def _unused_activations(blueprint: Blueprint) -> tuple[str, ...]:
     """Returns a line if activations are to be rounded and no product of a quantised weight does that."""
     kernels = blueprint.kernels
-    if kernels.activations == "auto" or (blueprint.codings and "cpu" in (kernels.experts, kernels.dense)):
+    is_used = kernels.dense == "cpu" or IMPLEMENTATIONS[kernels.experts].rounds_activations
+    if kernels.activations == "auto" or (blueprint.codings and is_used):
         return ()
     why = "without the C++ kernels" if blueprint.codings else "because no weight is quantised"
     return (f"activation_dtype = {kernels.activations!r} has no effect {why}",)

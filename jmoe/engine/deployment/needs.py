@@ -1,6 +1,5 @@
 """The memory that a deployment needs on each device, counted before anything is allocated."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jmoe_kernels.backends import get_backend
+from jmoe_kernels.quantised import nbytes_of
 
 from jmoe.blueprint import UNQUANTISED, Codings
 from jmoe.checkpoint.params import ParamSpec, abstract_decoder, in_layer
@@ -20,7 +20,7 @@ from jmoe.engine.deployment.sizes import PAGE_SIZE, rank_seats
 from jmoe.engine.offload.build import cache_bytes
 from jmoe.mesh import TENSOR, Split, platform_of
 from jmoe.models.decoder import make_blueprint
-from jmoe.moe.expert_leaves import UNCODED, store_codings
+from jmoe.moe.expert_leaves import UNCODED, layouts_for, store_codings
 from jmoe.nn.kinds import kinds_of
 
 PROGRAMS = 128 << 20  # bytes of compiled steps and of whatever else a process grows by
@@ -132,9 +132,11 @@ def weight_bytes(
 
 def _bytes_of_all_layers(cfg: ModelConfig, settings: EngineSettings, mesh: Mesh, codings: Codings) -> int:
     offload = settings.moe.offload
-    specs = abstract_decoder(make_blueprint(cfg, settings.moe, mesh, codings))[1].values()
+    blueprint = make_blueprint(cfg, settings.moe, mesh, codings)
+    resident = sum(_device_bytes(spec, mesh) for spec in abstract_decoder(blueprint)[1].values())
     stored = UNCODED if offload is None else store_codings(cfg, codings)
-    return sum(_device_bytes(spec, mesh) for spec in specs) + cache_bytes(cfg, offload, mesh, stored)
+    layouts = layouts_for(blueprint.kernels.experts, stored)
+    return resident + cache_bytes(cfg, offload, mesh, stored, layouts)
 
 
 def _device_bytes(spec: ParamSpec, mesh: Mesh) -> int:
@@ -143,8 +145,8 @@ def _device_bytes(spec: ParamSpec, mesh: Mesh) -> int:
     is_host = get_backend(platform_of(mesh)).has_host_memory
     if spec.sharding.memory_kind not in (None, "device") and not is_host:
         return 0
-    arrays = jax.tree.leaves(spec.arrays)
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
+    kept = [array.kept for array in jax.tree.leaves(spec.arrays)]
+    return sum(nbytes_of(array.sharding.shard_shape(array.shape), array.dtype) for array in kept)
 
 
 def step_bytes(cfg: ModelConfig, settings: EngineSettings, split: Split, length: int) -> int:

@@ -19,11 +19,14 @@ from jmoe.config.techniques import OffloadConfig
 from jmoe.mesh import DATA, EXPERT, TENSOR, TOKENS, is_single, platform_of, split_attention
 from jmoe.models.decoder import Decoder
 from jmoe.moe.expert_leaves import (
+    IN_ROWS,
     UNCODED,
     ExpertLeaf,
     LeafCodings,
+    LeafLayouts,
     codings_of,
     expert_bytes,
+    layouts_of,
     leaves_of,
     weight_specs,
 )
@@ -63,9 +66,9 @@ def make_cache(
         predictor = _predictor(cfg, model.moe, mesh, seats, embeddings_VD, history)
     ranks, store = _ranks(mesh), model.store.weights
     codings = codings_of(store)
-    slots = count_slots(cfg, offload, mesh, codings)
+    slots = count_slots(cfg, offload, mesh, codings, layouts_of(store))
     table, copies = _full_tables(slots, loads_LE.astype(np.float32), mesh)
-    pool = _pool_like(store, _empty_pool(cfg, slots, mesh, codings))
+    pool = _empty_pool(cfg, slots, mesh, codings, layouts_of(store))
     specs = (weight_specs(store, None, EXPERT), COPIES), _pool_specs(pool)
     start = ranks.over(partial(_fill_pool, pool), *specs)
     cache = _cache(cfg, model.moe, mesh, table, predictor, jax.jit(start)(store, copies))
@@ -83,8 +86,9 @@ def abstract_cache(model: Decoder, mesh: Mesh, seats: int) -> ExpertCache | None
         return None
     store = model.store.weights
     codings = codings_of(store)
-    slots = count_slots(cfg, offload, mesh, codings)
-    all_pools = _pool_like(store, _empty_pool(cfg, slots, mesh, codings, is_global=True))
+    layouts = layouts_of(store)
+    slots = count_slots(cfg, offload, mesh, codings, layouts)
+    all_pools = _empty_pool(cfg, slots, mesh, codings, layouts, is_global=True)
 
     def make() -> ExpertCache:
         embeddings_VD = np.zeros((1, cfg.hidden_size), np.float32)
@@ -100,28 +104,38 @@ def abstract_cache(model: Decoder, mesh: Mesh, seats: int) -> ExpertCache | None
     )
 
 
-def count_slots(cfg: ModelConfig, offload: OffloadConfig, mesh: Mesh, codings: LeafCodings = UNCODED) -> int:
+def count_slots(
+    cfg: ModelConfig,
+    offload: OffloadConfig,
+    mesh: Mesh,
+    codings: LeafCodings = UNCODED,
+    layouts: LeafLayouts = IN_ROWS,
+) -> int:
     """Returns the number of slots of each device's pool."""
     num_local = _local_experts(cfg, mesh)
     return offload.slots(
         layers=len(cfg.moe_layers), experts=num_local, k=min(cfg.num_experts_per_tok, num_local),
-        expert_bytes=expert_bytes(cfg, codings, mesh.shape[TENSOR]),
+        expert_bytes=expert_bytes(cfg, codings, mesh.shape[TENSOR], layouts),
     )  # fmt: skip
 
 
 def cache_bytes(
-    cfg: ModelConfig, offload: OffloadConfig | None, mesh: Mesh, codings: LeafCodings = UNCODED
+    cfg: ModelConfig,
+    offload: OffloadConfig | None,
+    mesh: Mesh,
+    codings: LeafCodings = UNCODED,
+    layouts: LeafLayouts = IN_ROWS,
 ) -> int:
     """Returns the device bytes that offloaded experts take: the pool, experts on their way, the predictor's
     store."""
     if offload is None:
         return 0
-    slots = count_slots(cfg, offload, mesh, codings) + offload.num_extra_experts
+    slots = count_slots(cfg, offload, mesh, codings, layouts) + offload.num_extra_experts
     store_bytes = PREDICTORS[offload.predictor].store_bytes(
         layers=len(cfg.moe_layers), experts=cfg.num_experts, width=cfg.hidden_size,
         store_size=offload.store_size,
     )  # fmt: skip
-    return slots * expert_bytes(cfg, codings, mesh.shape[TENSOR]) + store_bytes
+    return slots * expert_bytes(cfg, codings, mesh.shape[TENSOR], layouts) + store_bytes
 
 
 def has_parallel_copies(mesh: Mesh) -> bool:
@@ -181,9 +195,18 @@ def _full_tables(slots: int, loads_LE: np.ndarray, mesh: Mesh) -> tuple[SlotTabl
 
 
 def _empty_pool(
-    cfg: ModelConfig, slots: int, mesh: Mesh, codings: LeafCodings, *, is_global: bool = False
+    cfg: ModelConfig,
+    slots: int,
+    mesh: Mesh,
+    codings: LeafCodings,
+    layouts: LeafLayouts,
+    *,
+    is_global: bool = False,
 ) -> ExpertWeights:
-    """Returns the shapes of a rank's pool, or of all ranks' pools together if ``is_global``."""
+    """Returns the shapes of a rank's pool, or of all ranks' pools together if ``is_global``.
+
+    codings, layouts: how the store's leaves are stored, by their names; "rows" is not named.
+    """
     plain, platform = jnp.dtype(cfg.dtype), platform_of(mesh)
     parts, ranks = (1, mesh.shape[DATA] * mesh.shape[EXPERT]) if is_global else (mesh.shape[TENSOR], 1)
 
@@ -194,18 +217,10 @@ def _empty_pool(
         whole, tensor_parts = leaf.shape(cfg)[-1], leaf.inner_parts(mesh.shape[TENSOR])
         shapes = codings[leaf.name].split(whole, tensor_parts).shapes(shape, plain.name)
         kept = code_storage(shapes.coding.code, platform)
-        return replace(shapes, values=jax.ShapeDtypeStruct(shapes.values.shape, kept))
+        shapes = replace(shapes, values=jax.ShapeDtypeStruct(shapes.values.shape, kept))
+        return shapes.in_layout(layouts.get(leaf.name, "rows"))
 
     return ExpertWeights(**{leaf.name: stack(leaf) for leaf in leaves_of(cfg)})  # pyright: ignore[reportArgumentType]
-
-
-def _pool_like(store: ExpertWeights, shapes: ExpertWeights) -> ExpertWeights:
-    """Returns the shapes of a pool in the layout of the store."""
-
-    def like(stored: Any, own: Any) -> Any:
-        return replace(own, layout=stored.layout) if isinstance(stored, Quantised) else own
-
-    return jax.tree.map(like, store, shapes, is_leaf=lambda leaf: isinstance(leaf, Quantised))
 
 
 def _predictor(

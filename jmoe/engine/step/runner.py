@@ -29,7 +29,7 @@ from jmoe.engine.step.windows import WindowRouting
 from jmoe.mesh import sharding
 from jmoe.models.decoder import Decoder
 from jmoe.models.journey import StepSettings
-from jmoe.moe.expert_leaves import codings_of, expert_bytes
+from jmoe.moe.expert_leaves import codings_of, expert_bytes, layouts_of
 from jmoe.moe.orders import ShuffleTables
 from jmoe.nn.kinds import make_state
 from jmoe.offload.cache import ExpertCache
@@ -102,7 +102,8 @@ class Runner:
         self.state = self._first_state(model, cache)
         layers, experts = len(model.cfg.moe_layers), model.cfg.num_experts
         row_bytes = transported_bytes(model.cfg, mesh)
-        sizes_of = row_bytes, expert_bytes(model.cfg, codings_of(model.expert_weights))
+        experts_stored = codings_of(model.expert_weights), 1, layouts_of(model.expert_weights)
+        sizes_of = row_bytes, expert_bytes(model.cfg, *experts_stored)
         self.counters = {phase: MoECounters(layers, experts, *sizes_of) for phase in PHASES}
         self.compilations = CompilationCounter()
 

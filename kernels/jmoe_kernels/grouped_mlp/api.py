@@ -13,7 +13,7 @@ from jmoe_kernels.backends import ExpertKernel, first_supported, get_backend, ho
 from jmoe_kernels.grouped_mlp.batched import grouped_mlp_batched
 from jmoe_kernels.grouped_mlp.implementations import IMPLEMENTATIONS, Implementation
 from jmoe_kernels.grouped_mlp.types import ExpertCodings, ExpertWeights
-from jmoe_kernels.quantised import Coding
+from jmoe_kernels.quantised import LAYOUTS, Coding
 from jmoe_kernels.settings import Activation, Activations
 
 PLAIN: ExpertCodings = (None, None)
@@ -76,16 +76,18 @@ def why_not_weights(
     experts, inner, model = dims
     shapes = (experts, 2, inner, model), (experts, model, inner)
     for both in codings:
-        weights = ExpertWeights(*(_abstract(*each, dtype) for each in zip(shapes, both, strict=True)))
+        weights = ExpertWeights(*(_abstract(name, *each, dtype) for each in zip(shapes, both, strict=True)))
         if reason := _limit(name, weights, 1, "silu"):
             return reason
     return None
 
 
-def _abstract(shape: tuple[int, ...], coding: Coding | None, dtype: Any) -> Any:
+def _abstract(name: ExpertKernel, shape: tuple[int, ...], coding: Coding | None, dtype: Any) -> Any:
     if coding is None:
         return jax.ShapeDtypeStruct(shape, dtype)
-    return coding.shapes(shape, jnp.dtype(dtype).name)
+    layout = IMPLEMENTATIONS[name].layout_of(coding)
+    fits = LAYOUTS[layout].fits(coding.code, shape)
+    return coding.shapes(shape, jnp.dtype(dtype).name, layout if fits else "rows")
 
 
 def _limit(name: ExpertKernel, weights: ExpertWeights, rows: int, activation: Activation) -> str | None:

@@ -17,6 +17,7 @@ from jmoe_kernels.grouped_mlp.cpu import combined_mlp_cpu, describe, grouped_mlp
 from jmoe_kernels.grouped_mlp.reference import grouped_mlp_reference
 from jmoe_kernels.grouped_mlp.xla import grouped_mlp_xla
 from jmoe_kernels.lazy import LazyFunction
+from jmoe_kernels.quantised import Coding, LayoutName
 
 PALLAS_TPU = "jmoe_kernels.grouped_mlp.pallas_tpu"
 PALLAS_GPU = "jmoe_kernels.grouped_mlp.pallas_gpu"
@@ -37,6 +38,7 @@ class Implementation:
     has_interpreter: whether it has an interpreter, which runs on any platform.
     rounds_activations: whether it multiplies with codes of quantised weights; its functions then take
         what the other factor is rounded to.
+    layout_of: function (coding) that returns the layout in which it wants a quantised weight.
     is_for_training: whether it takes a limit on an expert's rows, and jax differentiates it; the others have
         the gradient of "batched".
     """
@@ -49,6 +51,7 @@ class Implementation:
     rows_dtype: str | None = None
     has_interpreter: bool = False
     rounds_activations: bool = False
+    layout_of: Callable[[Coding], LayoutName] = lambda coding: "rows"
     is_for_training: bool = False
 
 
@@ -59,6 +62,8 @@ IMPLEMENTATIONS: dict[ExpertKernel, Implementation] = {
         limit=LazyFunction(PALLAS_TPU, "limit"),
         describe=lambda: "the Pallas kernels for tpu",
         has_interpreter=True,
+        rounds_activations=True,
+        layout_of=lambda coding: "columns",
     ),
     "pallas_gpu": Implementation(
         LazyFunction(PALLAS_GPU, "grouped_mlp_pallas_gpu"),
@@ -66,6 +71,8 @@ IMPLEMENTATIONS: dict[ExpertKernel, Implementation] = {
         describe=lambda: "the Pallas kernels for gpu",
         rows_dtype="bfloat16",
         has_interpreter=True,
+        rounds_activations=True,
+        layout_of=lambda coding: "tiles",
     ),
     "cpu": Implementation(
         grouped_mlp_cpu,
@@ -74,6 +81,7 @@ IMPLEMENTATIONS: dict[ExpertKernel, Implementation] = {
         limit=limit,
         describe=describe,
         rounds_activations=True,
+        layout_of=lambda coding: "n16" if cpu.limit(coding) is None else "rows",
     ),
     "batched": Implementation(grouped_mlp_batched, is_for_training=True),
     "reference": Implementation(grouped_mlp_reference),

@@ -58,10 +58,11 @@ def compile_cases(cases: list[dict]) -> list[dict]:
     One process compiles them, so that no test sees its settings.
 
     A case is a grouped MLP with device, experts, inner, model, rows, and optionally biases, activation,
-    shards (devices of a shard_map). Or it is a step of the engine with device, config (a file of
-    configs/model), layers, mesh, sequences, tokens. A result has kernels, a list of {name, registers,
-    spill_bytes, smem_bytes, wgmma, tma} without the kernels that an earlier case compiled already; calls, how
-    often each custom call stands in the program; and temporary, its bytes. Or it has error.
+    shards (devices of a shard_map), codings (fields of the ``Coding`` of gate and up, and of down) and
+    activations. Or it is a step of the engine with device, config (a file of configs/model), layers, mesh,
+    sequences, tokens. A result has kernels, a list of {name, registers, spill_bytes, smem_bytes, wgmma, tma}
+    without the kernels that an earlier case compiled already; calls, how often each custom call stands in the
+    program; and temporary, its bytes. Or it has error.
     """
     with tempfile.TemporaryDirectory() as dump:
         env = dict(os.environ, JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="3")
@@ -87,7 +88,7 @@ def kernels_in(dump: str) -> list[dict]:
                 "registers": max(map(int, re.findall(r"Used (\d+) registers", ptxas))),
                 "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", ptxas))),
                 "smem_bytes": int(re.search(r"dynamic_shared_memory_size %c(\d+)_i32", passes).group(1)),
-                "wgmma": sorted(set(re.findall(r"wgmma\.mma_async[.a-z0-9]*?(m64n\d+k16)", ptx))),
+                "wgmma": sorted(set(re.findall(r"wgmma\.mma_async[.a-z0-9]*?(m64n\d+k\d+)", ptx))),
                 "tma": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
             }
         )
@@ -131,22 +132,40 @@ def _lower_mlp(case: dict):
     from jmoe_kernels.grouped_mlp.pallas_gpu import grouped_mlp_pallas_gpu
     from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import choose_blocks
     from jmoe_kernels.grouped_mlp.types import ExpertWeights
+    from jmoe_kernels.quantised import Coding
 
     shards, device = case.get("shards", 1), case["device"]
     e, f, d, n = (case[k] for k in ("experts", "inner", "model", "rows"))
     mesh = Mesh(np.array(_devices(device)[:shards]), ("expert",))
     sharding = NamedSharding(mesh, P("expert"))
-    blocks = choose_blocks(n // shards, e // shards, device)
+    codings = [Coding(**fields) for fields in case.get("codings", ())]
+    blocks = choose_blocks(n // shards, e // shards, device, "codes" if codings else "bfloat16")
 
     def abstract(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     biases = (abstract(e, 2, f), abstract(e, d)) if case.get("biases") else ()
-    weights = ExpertWeights(abstract(e, 2, f, d), abstract(e, d, f), *biases)
+    shapes = (e, 2, f, d), (e, d, f)
+    if codings:
+        both = [
+            jax.tree.map(
+                lambda array: abstract(*array.shape, dtype=array.dtype),
+                coding.shapes(shape, "bfloat16", "tiles"),
+            )
+            for coding, shape in zip(codings, shapes, strict=True)
+        ]
+    else:
+        both = [abstract(*shape) for shape in shapes]
+    weights = ExpertWeights(*both, *biases)
 
     def mlp(x, weights, sizes):
         return grouped_mlp_pallas_gpu(
-            x, weights, sizes, activation=case.get("activation", "silu"), blocks=blocks
+            x,
+            weights,
+            sizes,
+            activation=case.get("activation", "silu"),
+            blocks=blocks,
+            activations=case.get("activations", "auto"),
         )
 
     split = jax.shard_map(mlp, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False)

@@ -1,12 +1,13 @@
-"""Grouped MLP for Hopper GPUs in Pallas Mosaic GPU: TMA loads, wgmma products, no repacking of weights.
+"""Grouped MLP for Hopper GPUs in Pallas Mosaic GPU: TMA loads and wgmma products.
 
 The static shape chooses between two pairs of kernels: ``decode`` up to 64 rows per expert on average,
 ``prefill`` above (``blocks.bucket``). Both compute gate, up and the activation in one kernel, and down in a
 second. Between the two, h stands in device memory, window by window (``blocks.windows``), rounded to
-bfloat16.
+bfloat16. Quantised weights always take ``decode``, with wider windows for many rows, and are decoded in
+registers (``factor``); their layout is "tiles". bfloat16 weights lie as in a checkpoint.
 
-Its limits (``limit``): weights are bfloat16, and the inner and model dimensions are multiples of 64.
-Dimensions that 128 divides get the larger tiles.
+Its limits (``limit``): products are bfloat16, the inner and model dimensions are multiples of 64, and groups
+are 16, 32, multiples of 64 or whole rows. Dimensions that 128 divides get the larger tiles and steps.
 
 Axes: as in ``grouped_mlp``, and W windows, R rows of a window, G groups (the experts and the rows past the
 last of them), P products of a kernel, O and I its output and input dimensions. A name that ends in ``_s`` is
@@ -30,31 +31,41 @@ from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
     windows,
 )
 from jmoe_kernels.grouped_mlp.types import ExpertWeights
-from jmoe_kernels.settings import Activation
+from jmoe_kernels.quantised import Coding, Quantised, coding_of
+from jmoe_kernels.settings import Activation, Activations
 
 UNIT = (
     64  # the least weight tile and contraction step: M of wgmma, and 128 bytes of bfloat16 for TMA's swizzle
 )
-
 __all__ = ["BlockSizes", "grouped_mlp_pallas_gpu", "limit"]
 
 
 def limit(weights: ExpertWeights, rows: int, activation: str) -> str | None:
     """Returns why the kernels cannot run on these static shapes and dtypes, or None if they can."""
     experts, inner, model = weights.dims
-    if coding := next(filter(None, weights.codings), None):
-        return f"weights must be bfloat16, they are quantised ({coding})"
     for name, array in (("gate_up", weights.gate_up_E2FD), ("down", weights.down_EDF)):
-        if array.dtype != jnp.bfloat16:
+        if jnp.dtype(array.dtype) != jnp.bfloat16:
             return f"weights must be bfloat16, {name} is {array.dtype}"
+        if reason := _limit_of_coding(coding_of(array)):
+            return f"{name} is quantised: {reason}"
     for name, size in (("inner", inner), ("model", model)):
         if size % UNIT or not size:
             return f"the {name} dimension must be a multiple of {UNIT}, got {size}"
+    for name, array in (("gate_up", weights.gate_up_E2FD), ("down", weights.down_EDF)):
+        if isinstance(array, Quantised) and array.layout != "tiles":
+            return f"{name} is quantised in the layout {array.layout!r}; the kernels take 'tiles'"
     if rows < 1 or experts < 1:
         return f"needs at least 1 row and 1 expert, got {rows} and {experts}"
     if activation not in get_args(Activation):
         return f"activation {activation!r} is unknown; known: {', '.join(get_args(Activation))}"
     return None
+
+
+def _limit_of_coding(coding: Coding | None) -> str | None:
+    group = coding and coding.group
+    if group is None or group % UNIT == 0 or group in (16, 32):
+        return None
+    return f"groups of {group} numbers; the kernels take 16, 32, multiples of {UNIT} and whole rows"
 
 
 def grouped_mlp_pallas_gpu(
@@ -65,6 +76,7 @@ def grouped_mlp_pallas_gpu(
     activation: Activation = "silu",
     interpret: bool = False,
     blocks: BlockSizes | None = None,
+    activations: Activations = "auto",
 ) -> Float[Array, "N D"]:
     """Computes the gated MLP of each row's expert in float32; rows past the last group are zero.
 
@@ -73,6 +85,7 @@ def grouped_mlp_pallas_gpu(
         rows are not read.
     interpret: whether to run in the interpreter on CPU.
     blocks: block sizes; None takes the table's.
+    activations: what rows are rounded to where codes are int8 or become it.
     Raises ValueError naming the limit that the shapes, dtypes or blocks exceed.
     """
     rows, model = x_ND.shape
@@ -82,8 +95,11 @@ def grouped_mlp_pallas_gpu(
     if reason is not None:
         raise ValueError(f"grouped_mlp_pallas_gpu: {reason}")
     if blocks is None:
-        blocks = choose_blocks(rows, weights.dims[0], jax.devices()[0].device_kind)
-    blocks = fit_blocks(blocks, weights.dims[1], model)
+        kind = "codes" if any(weights.codings) else "bfloat16"
+        blocks = choose_blocks(rows, weights.dims[0], jax.devices()[0].device_kind, kind)
+    if blocks.kernel == "prefill" and any(weights.codings):
+        raise ValueError("grouped_mlp_pallas_gpu: 'prefill' takes no quantised weights, 'decode' does")
+    blocks = fit_blocks(blocks, weights.dims[1], model, weights.codings)
     if max(blocks.smem()) > SMEM_LIMIT:
         raise ValueError(
             f"grouped_mlp_pallas_gpu: {blocks} need {max(blocks.smem())} bytes of shared memory, "
@@ -93,12 +109,12 @@ def grouped_mlp_pallas_gpu(
     x_ND = jnp.pad(x_ND, ((0, padded_rows - rows), (0, 0)))
     is_decode = blocks.kernel == "decode"
     windows_W4, place_N2 = windows(group_sizes_E, padded_rows, blocks.rows, compact=not is_decode)
-    kernels = decode if is_decode else prefill
     with jax.named_scope(f"grouped_mlp_{blocks.kernel}"):
-        h = kernels.gate_up(x_ND, weights, windows_W4, activation, blocks, interpret)
         if not is_decode:
+            h = prefill.gate_up(x_ND, weights, windows_W4, activation, blocks, interpret)
             return prefill.down(h, weights, windows_W4, padded_rows, blocks, interpret)[:rows]
-        y_WRD = decode.down(h, weights, windows_W4, blocks, interpret)
+        h = decode.gate_up(x_ND, weights, windows_W4, activation, blocks, interpret, activations)
+        y_WRD = decode.down(h, weights, windows_W4, blocks, interpret, activations)
     is_grouped_N = jnp.arange(rows) < jnp.sum(group_sizes_E)
     window_N, place_in_N = place_N2[:rows, 0], place_N2[:rows, 1]
     return jnp.where(is_grouped_N[:, None], y_WRD[window_N, place_in_N], 0.0)

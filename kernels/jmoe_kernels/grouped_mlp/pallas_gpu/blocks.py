@@ -17,6 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Int
 
+from jmoe_kernels.grouped_mlp.types import ExpertCodings
+from jmoe_kernels.quantised import Coding
+from jmoe_kernels.quantised.tiles import TILE
+
 ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 SMEM_LIMIT = 227 * 1024  # a thread block's limit on sm_90
 ALIGN = 8  # rows: TMA addresses a swizzled tile by whole groups of 8 rows
@@ -30,13 +34,15 @@ class BlockSizes:
 
     kernel: name of the pair.
     rows: number of rows of a window.
-    inner: number of gate (and up) rows that a thread block of the first kernel computes.
-    model: number of output columns that a thread block of the second kernel computes.
+    inner: number of gate (and up) rows that a thread block of the first kernel computes; TILE in "decode".
+    model: number of output columns that a thread block of the second kernel computes; TILE in "decode".
     k_up: step of the contraction of the first kernel.
     k_down: step of the contraction of the second kernel.
     stages_up: number of steps in flight in the first kernel.
     stages_down: number of steps in flight in the second kernel.
     sms: number of thread blocks of the persistent prefill kernels.
+    bytes_up: bytes of a number of the first kernel's weights, with its share of scales and lows.
+    bytes_down: bytes of a number of the second kernel's weights, likewise.
     """
 
     kernel: Literal["decode", "prefill"]
@@ -48,14 +54,19 @@ class BlockSizes:
     stages_up: int
     stages_down: int
     sms: int = 132
+    bytes_up: float = 2
+    bytes_down: float = 2
 
     def smem(self) -> tuple[int, int]:
         """Returns the bytes of shared memory of the two kernels: steps in flight and the tile to store."""
-        up = self.stages_up * self.k_up * (2 * self.inner + self.rows) * 2
-        down = self.stages_down * self.k_down * (self.model + self.rows) * 2
+        up = self._in_flight(self.stages_up, self.k_up, 2 * self.inner, self.bytes_up)
+        down = self._in_flight(self.stages_down, self.k_down, self.model, self.bytes_down)
         if self.kernel == "decode":
             return up + self.rows * self.inner * 2, down + self.rows * self.model * 4
         return up + self.rows * STORE_BYTES, down + self.rows * STORE_BYTES
+
+    def _in_flight(self, stages: int, step: int, weight_rows: int, number_bytes: float) -> int:
+        return stages * int(step * (weight_rows * number_bytes + self.rows * 2))
 
 
 STORE_BYTES = 128  # bytes of a row that the prefill kernels stage at a time
@@ -69,10 +80,21 @@ _HOPPER = {
     "rows<=64": BlockSizes("decode", 64, 64, 64, 64, 64, 4, 6),
     "prefill": BlockSizes("prefill", 128, 128, 256, 64, 64, 4, 4),
 }
-TABLE: dict[tuple[str, str], dict[str, BlockSizes]] = {
-    ("NVIDIA H200", "bfloat16"): _HOPPER,
-    ("NVIDIA H100 80GB HBM3", "bfloat16"): _HOPPER,
-    ("default", "bfloat16"): _HOPPER,
+# Quantised weights have one kernel pair, whose windows are as wide as registers allow. Few rows want steps
+# twice as long, because a step has half the bytes or a quarter. Many rows fill registers and shared memory:
+# short steps leave room for two thread blocks per SM, of which one decodes while the other multiplies.
+_HOPPER_CODES = {
+    "rows<=4": BlockSizes("decode", 16, 64, 64, 128, 128, 4, 6),
+    "rows<=12": BlockSizes("decode", 32, 64, 64, 128, 128, 4, 6),
+    "rows<=64": BlockSizes("decode", 64, 64, 64, 128, 128, 3, 4),
+    "prefill": BlockSizes("decode", 128, 64, 64, 64, 64, 4, 4),
+}
+DtypeOrCodes = Literal["bfloat16", "codes"]
+_BLOCKS: dict[DtypeOrCodes, dict[str, BlockSizes]] = {"bfloat16": _HOPPER, "codes": _HOPPER_CODES}
+TABLE: dict[tuple[str, DtypeOrCodes], dict[str, BlockSizes]] = {
+    (device, kind): blocks
+    for device in ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "default")
+    for kind, blocks in _BLOCKS.items()
 }
 
 
@@ -92,14 +114,20 @@ def _divide(block: int, size: int) -> int:
     return max(b for b in range(64, block + 1, 64) if size % b == 0)
 
 
-def choose_blocks(rows: int, experts: int, device_kind: str, dtype: str = "bfloat16") -> BlockSizes:
-    """Returns the table's blocks for this device and shape."""
-    return TABLE.get((device_kind, dtype), TABLE["default", dtype])[bucket(rows, experts)]
+def choose_blocks(rows: int, experts: int, device_kind: str, kind: DtypeOrCodes = "bfloat16") -> BlockSizes:
+    """Returns the table's blocks for this device and shape, and for bfloat16 or quantised weights."""
+    return TABLE.get((device_kind, kind), TABLE["default", kind])[bucket(rows, experts)]
 
 
-def fit_blocks(blocks: BlockSizes, inner: int, model: int) -> BlockSizes:
-    """Returns ``blocks`` cut to divide the dimensions, with no more stages than steps."""
-    k_up, k_down = _divide(blocks.k_up, model), _divide(blocks.k_down, inner)
+def fit_blocks(
+    blocks: BlockSizes, inner: int, model: int, codings: ExpertCodings = (None, None)
+) -> BlockSizes:
+    """Returns ``blocks`` cut to divide the dimensions, with no more stages than steps.
+
+    codings: how the weights of both kernels are stored; a step of the contraction has whole groups or is a
+        part of one.
+    """
+    k_up, k_down = _step(blocks.k_up, model, codings[0]), _step(blocks.k_down, inner, codings[1])
     return dataclasses.replace(
         blocks,
         inner=_divide(blocks.inner, inner),
@@ -108,7 +136,21 @@ def fit_blocks(blocks: BlockSizes, inner: int, model: int) -> BlockSizes:
         k_down=k_down,
         stages_up=min(blocks.stages_up, model // k_up),
         stages_down=min(blocks.stages_down, inner // k_down),
+        bytes_up=_number_bytes(codings[0], model),
+        bytes_down=_number_bytes(codings[1], inner),
     )
+
+
+def _step(step: int, depth: int, coding: Coding | None) -> int:
+    """Returns the largest step up to ``step`` that divides ``depth``, with whole groups or in one group."""
+    if coding is None or coding.group is None or coding.group >= depth:
+        return _divide(step, depth)
+    whole = _divide(step, depth)
+    return whole if whole % coding.group == 0 or coding.group % whole == 0 else TILE
+
+
+def _number_bytes(coding: Coding | None, depth: int) -> float:
+    return 2 if coding is None else coding.nbytes((1, TILE, depth), "tiles") / (TILE * depth)
 
 
 def window_count(rows: int, experts: int, tile: int) -> int:

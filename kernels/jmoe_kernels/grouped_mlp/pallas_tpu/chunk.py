@@ -1,7 +1,6 @@
-"""The work of both TPU kernels on a chunk of an expert's weights and the rows that are in VMEM."""
+"""The work of both TPU kernels on a chunk of an expert's plain weights and the rows that are in VMEM."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,10 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import LANES, ROW_ALIGN, BlockSizes
+from jmoe_kernels.grouped_mlp.pallas_tpu.operands import Ref
 from jmoe_kernels.grouped_mlp.types import gated
 from jmoe_kernels.settings import Activation
-
-Ref = Any  # a Pallas reference: indexed and sliced as an array is
 
 
 def dot_nt(a_MK: Array, b_NK: Array) -> Array:
@@ -23,29 +21,13 @@ def dot_nt(a_MK: Array, b_NK: Array) -> Array:
     return lax.dot_general(a_MK, b_NK, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows that a kernel works on in VMEM, and scratch for one window of them.
-
-    x_ND: inputs in the weights' dtype.
-    y_ND: float32 sums.
-    gate_MF: float32 gate of one window.
-    h_MF: inner activations of that window.
-    """
-
-    x_ND: Ref
-    y_ND: Ref
-    gate_MF: Ref
-    h_MF: Ref
-
-    @staticmethod
-    def scratch(blocks: BlockSizes, dtype: jnp.dtype) -> list:
-        """Returns the shapes of gate_MF and h_MF."""
-        shape = (max(blocks.windows), blocks.inner)
-        return [pltpu.VMEM(shape, jnp.float32), pltpu.VMEM(shape, dtype)]
+def plain_scratch(blocks: BlockSizes, dtype: jnp.dtype) -> list:
+    """Returns the shapes of what one window needs: the float32 gate and the inner activations."""
+    shape = (max(blocks.windows), blocks.inner)
+    return [pltpu.VMEM(shape, jnp.float32), pltpu.VMEM(shape, dtype)]
 
 
-def _over_columns(total: int, width: int, visit: Callable[[Any], None]) -> None:
+def over_columns(total: int, width: int, visit: Callable[[Any], None]) -> None:
     """Calls ``visit`` on slices of ``width`` columns, then on the rest; a loop keeps few registers live."""
     full, rest = divmod(total, width)
     if full == 1:
@@ -58,7 +40,9 @@ def _over_columns(total: int, width: int, visit: Callable[[Any], None]) -> None:
 
 
 def chunk_mlp(
-    rows: Rows,
+    rows: Mapping[str, Ref],
+    y_ND: Ref,
+    scratch: list[Ref],
     chunk: Mapping[str, Ref],
     window: Any,
     mine_M1: Array,
@@ -69,56 +53,66 @@ def chunk_mlp(
 ) -> None:
     """Adds one chunk's share of the expert's output to those rows of a window that are ``mine``.
 
+    rows: "x", the inputs in the weights' dtype.
+    y_ND: float32 sums.
+    scratch: float32 gate and inner activations of one window.
     window: slice of the window's rows.
     mine_M1: mask of the rows that belong to the expert.
     first: whether this is the expert's first chunk, which adds the down bias.
 
     gate goes through VMEM: with gate and up both in registers the compiler spills.
     """
+    x_ND, (gate_MF, h_MF) = rows["x"], scratch
     _, inner, model = chunk["gate_up"].shape
-    scratch_rows = pl.ds(0, window.size)
+    own = pl.ds(0, window.size)
 
     def gate_up(columns: Any) -> None:
-        rows.gate_MF[scratch_rows, columns] = dot_nt(rows.x_ND[window, :], chunk["gate_up"][0, columns, :])
-        up = dot_nt(rows.x_ND[window, :], chunk["gate_up"][1, columns, :])
-        gate = rows.gate_MF[scratch_rows, columns]
+        gate_MF[own, columns] = dot_nt(x_ND[window, :], chunk["gate_up"][0, columns, :])
+        up = dot_nt(x_ND[window, :], chunk["gate_up"][1, columns, :])
+        gate = gate_MF[own, columns]
         if "gate_up_bias" in chunk:
             gate = gate + chunk["gate_up_bias"][0:1, columns].astype(jnp.float32)
             up = up + chunk["gate_up_bias"][1:2, columns].astype(jnp.float32)
-        rows.h_MF[scratch_rows, columns] = gated(activation, gate, up).astype(rows.h_MF.dtype)
+        h_MF[own, columns] = gated(activation, gate, up).astype(h_MF.dtype)
 
     def down(columns: Any) -> None:
-        y = dot_nt(rows.h_MF[scratch_rows, :], chunk["down"][columns, :])
-        if "down_bias" in chunk:
-            bias = chunk["down_bias"][:, columns].astype(jnp.float32)
-            y = y + jnp.where(first, bias, jnp.zeros_like(bias))
-        old = rows.y_ND[window, columns]
-        rows.y_ND[window, columns] = jnp.where(mine_M1, old + y, old)
+        y = dot_nt(h_MF[own, :], chunk["down"][columns, :])
+        add_rows(y_ND, y, chunk, window, columns, mine_M1, first)
 
     gate_columns, down_columns = blocks.columns(window.size, model)
-    _over_columns(inner, gate_columns, gate_up)
-    _over_columns(model, down_columns, down)
+    over_columns(inner, gate_columns, gate_up)
+    over_columns(model, down_columns, down)
 
 
-def over_windows(
-    start: Array, end: Array, rows: int, windows: tuple[int, int], visit: Callable[[Any, Array], None]
+def add_rows(
+    y_ND: Ref, y: Array, chunk: Mapping[str, Ref], window: Any, columns: Any, mine_M1: Array, first: Array
 ) -> None:
+    """Adds ``y``, and with the first chunk the down bias, to columns of those rows of a window that are
+    ``mine``."""
+    if "down_bias" in chunk:
+        bias = chunk["down_bias"][:, columns].astype(jnp.float32)
+        y = y + jnp.where(first, bias, jnp.zeros_like(bias))
+    old = y_ND[window, columns]
+    y_ND[window, columns] = jnp.where(mine_M1, old + y, old)
+
+
+def over_windows(start: Array, end: Array, blocks: BlockSizes, visit: Callable[[Any, Array], None]) -> None:
     """Calls ``visit(slice, mine)`` on windows that cover rows [start, end).
 
-    Each row is ``mine`` in exactly one window. Windows start at a multiple of ROW_ALIGN at or below
+    Each row is ``mine`` in exactly one window. Windows start at a multiple of the form's tile at or below
     ``start``. A window that would run past the buffer is moved back, and leaves out the rows that its
     predecessor has done. Rows of other experts in a window are computed too and dropped by a select, never by
     a product with zero, because they may be NaN.
     """
-    large, small = windows
-    base = start // ROW_ALIGN * ROW_ALIGN
+    (large, small), align = blocks.windows, blocks.form.align
+    base = start // align * align
     n_large = jnp.maximum(end - base - small + large - 1, 0) // large
 
     def window(first_row: Array, size: int) -> None:
-        start_row = jnp.minimum(first_row, rows - size)
+        start_row = jnp.minimum(first_row, blocks.rows - size)
         row_M1 = start_row + lax.broadcasted_iota(jnp.int32, (size, 1), 0)
         mine_M1 = (row_M1 >= jnp.maximum(first_row, start)) & (row_M1 < end)
-        visit(pl.ds(pl.multiple_of(start_row, ROW_ALIGN), size), mine_M1)
+        visit(pl.ds(pl.multiple_of(start_row, align), size), mine_M1)
 
     lax.fori_loop(0, n_large, lambda i, _: window(base + i * large, large), None)
     pl.when(base + n_large * large < end)(lambda: window(base + n_large * large, small))
@@ -134,18 +128,3 @@ def fill_zero(ref: Ref) -> None:
         )
 
     lax.fori_loop(0, rows // ROW_ALIGN, block, None)
-
-
-def cost(rows: int, operands: Mapping[str, Array], expert_reads: int) -> pl.CostEstimate:
-    """Returns what XLA's scheduler should assume.
-
-    It assumes that every row is used, and that ``expert_reads`` experts' weights are read.
-    """
-    experts, _, f, d = operands["gate_up"].shape
-    weight_bytes = sum(w.size * w.dtype.itemsize for w in operands.values()) // experts
-    row_bytes = rows * d * (operands["gate_up"].dtype.itemsize + 4)
-    return pl.CostEstimate(
-        flops=6 * rows * d * f,
-        transcendentals=rows * f,
-        bytes_accessed=expert_reads * weight_bytes + row_bytes,
-    )

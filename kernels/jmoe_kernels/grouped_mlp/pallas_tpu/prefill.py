@@ -7,7 +7,6 @@ fused, so the inner activations never leave VMEM. Consecutive tiles of one block
 Consecutive tiles of one expert read its weights once if ``inner`` is all of F, else once per block.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -19,7 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import BlockSizes
-from jmoe_kernels.grouped_mlp.pallas_tpu.chunk import Ref, Rows, chunk_mlp, cost, fill_zero, over_windows
+from jmoe_kernels.grouped_mlp.pallas_tpu.chunk import fill_zero, over_windows
+from jmoe_kernels.grouped_mlp.pallas_tpu.forms import mlp_of, scratch_of
+from jmoe_kernels.grouped_mlp.pallas_tpu.operands import Operands, Ref
 from jmoe_kernels.settings import Activation
 
 
@@ -87,45 +88,40 @@ def make_tiles(group_sizes_E: Int[Array, " E"], rows: int, block_rows: int, core
     )
 
 
-def _kernel(*refs: Ref, names: tuple[str, ...], blocks: BlockSizes, activation: Activation) -> None:
-    n = len(Tiles._fields)
-    tiles, (x_MD, *weights, y_MD, gate_MF, h_MF) = Tiles(*refs[:n]), refs[n:]
+def _kernel(*refs: Ref, operands: Operands, blocks: BlockSizes, activation: Activation) -> None:
+    n, r, w = len(Tiles._fields), len(operands.rows), len(operands.stacks)
+    tiles, (*arrays, y_MD), scratch = Tiles(*refs[:n]), refs[n : n + r + w + 1], list(refs[n + r + w + 1 :])
     core, i, f = (pl.program_id(axis) for axis in range(3))
     t = tiles.tile(core, i)
     e, block = tiles.expert_T[t], tiles.block(t)
     new_block = (i == 0) | (block != tiles.block(jnp.maximum(t - 1, 0)))
-    chunk = dict(zip(names, weights, strict=True))
-    mlp = partial(
-        chunk_mlp, Rows(x_MD, y_MD, gate_MF, h_MF), chunk, blocks=blocks, activation=activation, first=f == 0
-    )
+    rows = dict(zip(operands.rows, arrays[:r], strict=True))
+    chunk = dict(zip(operands.stacks, arrays[r:], strict=True))
+    settings = {"blocks": blocks, "activation": activation, "first": f == 0}
+    mlp = partial(mlp_of(blocks.form), rows, y_MD, scratch, chunk, **settings)
 
     @pl.when(tiles.bounds_C[core] + i < tiles.bounds_C[core + 1])
     def _() -> None:
         pl.when(new_block & (f == 0))(lambda: fill_zero(y_MD))
         start = jnp.clip(tiles.start_E[e] - block * blocks.rows, 0, blocks.rows)
         end = jnp.clip(tiles.end_E[e] - block * blocks.rows, 0, blocks.rows)
-        pl.when(start < end)(lambda: over_windows(start, end, blocks.rows, blocks.windows, mlp))
+        pl.when(start < end)(lambda: over_windows(start, end, blocks, mlp))
 
 
 def prefill(
-    x_ND: Float[Array, "N D"],
-    operands: Mapping[str, Array],
+    operands: Operands,
     group_sizes_E: Int[Array, " E"],
     blocks: BlockSizes,
     *,
     activation: Activation,
     interpret: bool | pltpu.InterpretParams,
 ) -> Float[Array, "N D"]:
-    """Runs rows through their expert's MLP.
-
-    operands: weights by name, with biases as [E, 2, F] and [E, 1, D].
-    """
-    n, d = x_ND.shape
-    experts, _, f, _ = operands["gate_up"].shape
-    n_blocks = -(-n // blocks.rows)
+    """Runs rows through their expert's MLP."""
+    n, (experts, f, d) = operands.num_rows, operands.dims
+    n_blocks, steps = -(-n // blocks.rows), f // blocks.inner
     cores = min(blocks.cores, n_blocks)
     tiles = make_tiles(group_sizes_E, n, blocks.rows, cores)
-    steps = jnp.max(tiles.bounds_C[1:] - tiles.bounds_C[:-1])
+    most = jnp.max(tiles.bounds_C[1:] - tiles.bounds_C[:-1])
 
     def rows(core: Array, i: Array, _: Array, *prefetched: Ref) -> tuple[Array, int]:
         tiles = Tiles(*prefetched)
@@ -135,30 +131,27 @@ def prefill(
         tiles = Tiles(*prefetched)
         return tiles.expert_T[tiles.tile(core, i)]
 
-    specs = {
-        "gate_up": pl.BlockSpec(
-            (None, 2, blocks.inner, d), lambda c, i, j, *p: (expert(c, i, j, *p), 0, j, 0)
-        ),
-        "down": pl.BlockSpec((None, d, blocks.inner), lambda c, i, j, *p: (expert(c, i, j, *p), 0, j)),
-        "gate_up_bias": pl.BlockSpec(
-            (None, 2, blocks.inner), lambda c, i, j, *p: (expert(c, i, j, *p), 0, j)
-        ),
-        "down_bias": pl.BlockSpec((None, 1, d), lambda c, i, j, *p: (expert(c, i, j, *p), 0, 0)),
-    }
+    def rows_spec(name: str, array: Array) -> pl.BlockSpec:
+        return pl.BlockSpec((blocks.rows * (blocks.form.terms if name == "x" else 1), array.shape[1]), rows)
+
+    stacks = operands.stacks.values()
     return pl.pallas_call(
-        partial(_kernel, names=tuple(operands), blocks=blocks, activation=activation),
+        partial(_kernel, operands=operands, blocks=blocks, activation=activation),
         out_shape=jax.ShapeDtypeStruct((n, d), jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(tiles),
-            grid=(cores, steps, f // blocks.inner),
-            in_specs=[pl.BlockSpec((blocks.rows, d), rows), *(specs[name] for name in operands)],
+            grid=(cores, most, steps),
+            in_specs=[
+                *(rows_spec(*item) for item in operands.rows.items()),
+                *(stack.block_spec(steps, expert) for stack in stacks),
+            ],
             out_specs=pl.BlockSpec((blocks.rows, d), rows),
-            scratch_shapes=Rows.scratch(blocks, x_ND.dtype),
+            scratch_shapes=scratch_of(blocks, operands.rows["x"].dtype),
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=blocks.vmem_limit
         ),
-        cost_estimate=cost(n, operands, min(experts, n) + n_blocks - 1),
+        cost_estimate=operands.cost(min(experts, n) + n_blocks - 1),
         interpret=interpret,
         name="grouped_mlp_prefill",
-    )(*tiles, x_ND, *operands.values())
+    )(*tiles, *operands.rows.values(), *(stack.array for stack in stacks))

@@ -2,7 +2,7 @@
 // steps, and their scales and lows as float32.
 //
 // A step is sixteen 32-bit words, one a row. A word holds four neighbouring bytes of the row, or eight nibbles,
-// of which number c is in bits 8 * (c % 4) + 4 * (c / 4). Weights in the layout "n16" (see quantised.py) are
+// of which number c is in bits 8 * (c % 4) + 4 * (c / 4). Weights in the layout "n16" (see quantised/interleave.py) are
 // stored as steps; the scales of their blocks are [group][16]. Rows as a checkpoint has them become steps here,
 // one stretch of columns at a time, which takes longer.
 #pragma once

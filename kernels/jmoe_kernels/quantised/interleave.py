@@ -11,10 +11,42 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jmoe_kernels.quantised.codes import Code, num_packed, numbers_of, scales_as_float
+
 BLOCK = 16  # rows
 CHUNK = 1 << 20  # bytes that are permuted at a time
-Layout = Literal["rows", "n16"]
 Part = Literal["bytes", "nibbles", "scales"]
+
+
+def fits(code: Code, shape: tuple[int, ...]) -> bool:
+    """Returns whether a weight of that shape is made of whole blocks and steps."""
+    return len(shape) > 1 and shape[-2] % BLOCK == 0 and shape[-1] % (4 * num_packed(code)) == 0
+
+
+def pack(array: np.ndarray, role: str, code: Code, is_scratch: bool) -> np.ndarray:
+    """Returns an array of a weight in this layout: ``array`` itself, changed, if it is scratch."""
+    part = part_of(role, code)
+    if not is_scratch:
+        return interleaved(array, part)
+    interleave(array, part)
+    return array
+
+
+def numbers(values: Any, code: Code) -> Any:
+    """Returns the numbers ``[..., out, in]`` in float32, before any scale."""
+    return numbers_of(rows_of(values, part_of("values", code)), code)
+
+
+def per_group(scales: Any) -> Any:
+    """Returns scales or lows as ``[..., out, groups]``, in float32."""
+    return scales_as_float(rows_of(scales, "scales"))
+
+
+def part_of(role: str, code: Code) -> Part:
+    """Returns what an array of a weight is to ``interleave``."""
+    if role != "values":
+        return "scales"
+    return "bytes" if num_packed(code) == 1 else "nibbles"
 
 
 def interleave(array: np.ndarray, part: Part) -> None:
