@@ -147,17 +147,18 @@ def _engine(models: Path, case: Case) -> Engine:
     moe = MoEConfig(transport="ragged_all_to_all" if expert > 1 else "replicated")
     for letter in case.techniques:
         moe = replace(moe, **letters[letter])
+    form = {} if case.is_plain else FORMS[case.form]
     settings = replace(
         SETTINGS, moe=moe, attention="tp" if expert > 1 else "dp", data_parallel_size=data,
-        expert_parallel_size=expert, tensor_parallel_size=tensor, **({} if case.is_plain else FORMS[case.form]),
+        expert_parallel_size=expert, tensor_parallel_size=tensor, **form,
     )  # fmt: skip
     return build_engine(models / (case.form if case.is_plain else "plain"), settings, warm_up=False)
 
 
 def _memory(case: Case) -> int:
-    """Returns bytes of a device for a quarter of its experts, at least one, three others, and half of one."""
-    one, slots = _expert_bytes(case), max(1, LAYERS * EXPERTS // case.shape[1] // 4)
-    return (slots + 3) * one + one // 2
+    """Returns bytes of a device: for a quarter of its experts or those of a token, three more, and half."""
+    one, held = _expert_bytes(case), EXPERTS // case.shape[1]
+    return (max(min(2, held), LAYERS * held // 4) + 3) * one + one // 2
 
 
 def _expert_bytes(case: Case) -> int:

@@ -1,7 +1,7 @@
 """Files that the packages' own quantisers write are read with the numbers that the packages read from them.
 
-The packages need an environment of their own, which ``.ci/long`` makes. ``tests/checkpoint/gguf`` compares all
-types of GGUF with the ``gguf`` package, which the tests' own environment has.
+The packages (the extra ``quantisers``) need an environment of their own, which ``.ci/long`` makes.
+``tests/checkpoint/gguf`` compares every type of GGUF with the ``gguf`` package, which all tests have.
 """
 
 import json
@@ -16,9 +16,9 @@ from support.models.quantised import plain_values, quantised_paths
 from jmoe.checkpoint import load_model
 from jmoe.mesh import make_mesh
 
-torch = pytest.importorskip("torch", reason="needs the environment of .ci/long")
-llmcompressor = pytest.importorskip("llmcompressor", reason="needs the environment of .ci/long")
-pytest.importorskip("modelopt", reason="needs the environment of .ci/long")
+torch = pytest.importorskip("torch", reason="needs the quantisers extra")
+llmcompressor = pytest.importorskip("llmcompressor", reason="needs the quantisers extra")
+pytest.importorskip("modelopt", reason="needs the quantisers extra")
 import compressed_tensors.quantization as ct  # noqa: E402
 import modelopt.torch.quantization as mtq  # noqa: E402
 from compressed_tensors.compressors import BaseCompressor  # noqa: E402
