@@ -34,7 +34,7 @@ from jmoe.placement.tables import Tables
 
 # rows of 32 and 64: groups of 32 are cut by tensor ranks
 HIDDEN, INNER = 32, 64
-SIZES = {"moe_intermediate_size": INNER, "num_attention_heads": 8, "num_key_value_heads": 2}
+SIZES: dict[str, Any] = {"moe_intermediate_size": INNER, "num_attention_heads": 8, "num_key_value_heads": 2}
 LAYERS, EXPERTS, VOCAB = 2, 8, 96
 SETTINGS = EngineSettings(
     max_model_len=64, dtype="float32", max_num_seqs=8, max_num_batched_tokens=64, kv_memory=1 << 20

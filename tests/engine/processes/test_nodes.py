@@ -94,7 +94,8 @@ def test_two_processes_generate_what_one_device_does(model, start, tmp_path, met
     ended(tmp_path, **pair)
     leader, follower = (json.loads((tmp_path / f"{name}.json").read_text()) for name in pair)
     assert leader["tokens"] == want["tokens"] and leader["counts"] == want["counts"]
-    np.testing.assert_allclose(leader["logprobs"], want["logprobs"], atol=1e-4)
+    tolerance = 5e-4 if method else 1e-4  # each of two ranks rounds its part of an activation to int16
+    np.testing.assert_allclose(leader["logprobs"], want["logprobs"], atol=tolerance)
     for (whole, here), (_, there) in zip(leader["held"], follower["held"], strict=True):
         assert (here, there) in ((whole // 2, whole // 2), (whole, whole))
     experts = sum(whole for whole, here in leader["held"] if here < whole)
