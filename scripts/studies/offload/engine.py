@@ -240,8 +240,8 @@ def _replay(llm: LLM, trace: list[dict[str, Any]], texts: list[str]) -> tuple[di
 
 
 def replay(runner: Runner, oracle: Oracle, future: Known) -> Runner:
-    """Returns ``runner`` after a change: before each step its oracle learns what an earlier run needed, so that
-    forecasts and victims come from ``future``."""
+    """Returns ``runner`` after a change: from now on its forecasts and victims come from ``future``, which an
+    earlier run needed."""
     step = runner._step
 
     def step_with_known(inputs: StepInput, settings: StepSettings) -> StepOutput:
