@@ -205,7 +205,7 @@ def test_layers_without_experts_have_no_row_in_the_stacks():
     assert [s.index for s in parts] == [(layer, e) for layer in range(2) for e in range(3)]
     stacks = Stacks({stack: ParamSpec(stack, (2, 3, 4), dtype, dtype, device)}, DENSE_BETWEEN)
     for layer in DENSE_BETWEEN:
-        assert stacks.take(f"layers.{layer}.{name}", np.full((3, 4), layer, dtype))
+        assert stacks.take(f"layers.{layer}.{name}", jnp.full((3, 4), layer, dtype))
     assert not stacks.take("layers.0.mlp.down_DF", np.zeros(1))
     [(spec, buffer)] = stacks.items()
     assert spec.path == stack

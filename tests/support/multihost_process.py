@@ -50,12 +50,12 @@ def held(runner: Runner) -> list[tuple[int, int]]:
     return [(w.nbytes, sum(parts.values())) for w, parts in zip(runner.weights, here, strict=True)]
 
 
-def main(rank: int, address: str, model: str, reports: Path) -> None:
+def main(rank: int, address: str, model: str, reports: Path, moe: dict[str, Any]) -> None:
     def report(**facts: Any) -> None:
         (reports / f"p{rank}.json").write_text(json.dumps(facts))
 
     nodes = Nodes(2, rank, address)
-    roomy = MoEConfig.from_dict({"capacity": {"factor": 4.0, "phase": "both"}})  # so that nothing is dropped
+    roomy = MoEConfig.from_dict({"capacity": {"factor": 4.0, "phase": "both"}, **moe})  # it drops nothing
     settings = EngineSettings(expert_parallel_size=4, tensor_parallel_size=2, moe=roomy, **SIZES)
     quiet = lambda stage, done, total: None  # noqa: E731
     if rank > 0:
@@ -68,4 +68,4 @@ def main(rank: int, address: str, model: str, reports: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]))
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]), json.loads(sys.argv[5]))

@@ -51,13 +51,18 @@ class Stacks:
         }
 
     def take(self, path: str, value: Any) -> bool:
-        """Copies a parameter's value into its stack if it is a layer's experts; returns whether it is."""
+        """Copies a parameter's value into its stack if it is a layer's experts; returns whether it is.
+
+        With several processes only the parts on this process's devices are filled: the others are never read.
+        """
         layer, name = in_layer(path)
         if name not in STACKS:
             return False
 
-        def copy(buffer: np.ndarray, array: object) -> None:
-            buffer[self._moe_layers.index(layer)] = np.asarray(array).view(buffer.dtype)
+        def copy(buffer: np.ndarray, array: jax.Array) -> None:
+            row = buffer[self._moe_layers.index(layer)]
+            for shard in array.addressable_shards:
+                row[shard.index] = np.asarray(shard.data).view(buffer.dtype)
 
         jax.tree.map(copy, self._buffers[STACKS[name]], value)
         return True

@@ -34,6 +34,7 @@ from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.state import StepOutput
 from jmoe.models.decoder import Decoder
 from jmoe.moe.orders import ShuffleTables
+from jmoe.offload.cache import ExpertCache
 
 log = logging.getLogger(__name__)
 HEADER = struct.Struct("<4I")  # operation, rows, tokens per row, decode rows
@@ -57,7 +58,7 @@ class Leader(Runner):
         mesh: Mesh,
         sizes: Sizes,
         tables: list[ShuffleTables] | None = None,
-        cache: None = None,
+        cache: ExpertCache | None = None,
     ):
         super().__init__(model, mesh, sizes, tables, cache)
         self._followers = followers

@@ -12,24 +12,29 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
-from shared.oracle import Oracle
+from jaxtyping import Bool, Int
+from shared.oracle import Oracle, belady, with_future
 from shared.results import few
 from shared.text_routing import beginning, collect
-from studies.offload.replay import Known, replay
 from studies.offload.simulator import next_uses
 from studies.offload.traces import make_traces, route_windows
 
 from jmoe import LLM, MoEConfig, SamplingParams
 from jmoe.config.techniques import OffloadConfig
 from jmoe.engine.request import Output, Request
+from jmoe.engine.step.inputs import StepInput
+from jmoe.engine.step.runner import Runner
+from jmoe.engine.step.state import StepOutput
+from jmoe.models.journey import StepSettings
 
 PROMPT, NEW, REQUESTS = 64, 32, 16
 SHARES = {1: (0.1, 0.25, 0.5, 1.0), 4: (0.25,), 16: (0.25,)}  # shares of the experts, by batch
@@ -48,6 +53,9 @@ ORACLE = (
     "belady",
 )  # knows what the resident engine needed; its seconds include another compilation
 ARRIVALS, SHORTER, SLOWER = 48, 8, 0.05  # requests; lengths divided by; seconds of ours for one of the trace
+
+# for each decode step, the experts that it needs and when each is needed next (``simulator.next_uses``)
+Known = Iterator[tuple[Bool[np.ndarray, "L E"], Int[np.ndarray, "L E"]]]
 
 
 class Bench(NamedTuple):
@@ -229,3 +237,22 @@ def _replay(llm: LLM, trace: list[dict[str, Any]], texts: list[str]) -> tuple[di
     each = [1e3 * (t[-1] - t[1]) / (len(t) - 2) for t in times.values() if len(t) > 2]
     row = {"ttft_ms": round(statistics.median(firsts), 2), "tpot_ms": round(statistics.median(each), 3)}
     return {r.id: r.token_ids for r in requests}, row
+
+
+def replay(runner: Runner, oracle: Oracle, future: Known) -> Runner:
+    """Returns ``runner`` after a change: from now on its forecasts and victims come from ``future``, which an
+    earlier run needed."""
+    step = runner._step
+
+    def step_with_known(inputs: StepInput, settings: StepSettings) -> StepOutput:
+        if inputs.phase == "decode":
+            cache = runner.cache
+            assert cache is not None
+            table, predictor = with_future(cache.table, oracle, *map(jnp.asarray, next(future)))
+            predictor = jax.tree.map(jnp.copy, predictor)  # otherwise the step would get the same array twice
+            settings_of_cache = cache.settings._replace(rule=belady)
+            runner.cache = replace(cache, table=table, predictor=predictor, settings=settings_of_cache)
+        return step(inputs, settings)
+
+    runner._step = step_with_known
+    return runner

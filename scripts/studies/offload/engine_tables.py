@@ -66,3 +66,58 @@ def arrivals(figures: dict[str, Any]) -> str:
         for name, run in figures["runs"].items()
     )  # fmt: skip
     return table(["predictor, eviction", "TTFT", "TPOT", "hit, decode", "MiB a decode step", "alike"], rows)
+
+
+def quantised_forms(quantised: dict[str, Any]) -> str:
+    """Returns the table of the forms of experts, which has a row for each form."""
+    memories = list(next(iter(quantised["forms"].values()))["slots"])
+    rows = (
+        [
+            form, f"{f['expert_bytes'] / 2**10:.1f}",
+            *(f"{f['slots'][memory]} of {f['experts']}" for memory in memories),
+            f"{f['perplexity']:.3f}", f"{f['nll'] - quantised['forms']['bfloat16']['nll']:+.4f}",
+        ]
+        for form, f in quantised["forms"].items()
+    )  # fmt: skip
+    head = ["experts", "KiB each", *(f"slots of {spaced(memory)}" for memory in memories)]
+    return table([*head, "perplexity", "nats a token"], rows)
+
+
+def quantised_runs(quantised: dict[str, Any], batch: str) -> str:
+    """Returns a batch size's table, which has a row for each form and a column for each memory."""
+    runs = {
+        key.partition("/")[2]: rows
+        for key, rows in quantised["runs"].items()
+        if key.partition("/")[0] == batch
+    }
+    rows = (
+        [form, *(f"{run[form]['hit']:.1%} / {run[form]['bytes_step'] / 2**20:.3f}" for run in runs.values())]
+        for form in quantised["forms"]
+    )
+    return table(["experts", *map(spaced, runs)], rows)
+
+
+def quantised_speed(speed: dict[str, Any]) -> str:
+    """Returns the table of times, which has a row for each form and a column for each memory."""
+    forms = next(iter(speed["runs"].values()))
+    rows = ([form, *(f"{run[form]:.2f}" for run in speed["runs"].values())] for form in forms)
+    return table(["experts", *map(spaced, speed["runs"])], rows)
+
+
+def spaced(memory: str) -> str:
+    return memory.replace("MiB", " MiB")
+
+
+def pool_gain(quantised: dict[str, Any], form: str) -> float:
+    """Returns how many experts of a form have the bytes of one in bfloat16."""
+    forms = quantised["forms"]
+    return forms["bfloat16"]["expert_bytes"] / forms[form]["expert_bytes"]
+
+
+def loss_spread(quantised: dict[str, Any]) -> float:
+    """Returns the largest difference of a form's loss, nats a token, between pools of one batch size."""
+    losses: dict[tuple[str, str], list[float]] = {}
+    for key, rows in quantised["runs"].items():
+        for form, run in rows.items():
+            losses.setdefault((key.partition("/")[0], form), []).append(run["nll"])
+    return max(max(each) - min(each) for each in losses.values())

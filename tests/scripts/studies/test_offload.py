@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from shared.oracle import Oracle, belady
 from studies.offload import simulator
-from studies.offload.replay import replay
+from studies.offload.engine import replay
 from studies.offload.simulator import Link, Trace, begin, next_uses
 from studies.offload.traces import make_traces, route_windows
 from support.models.offloaded import (

@@ -90,11 +90,14 @@ def check_counters(engine: Engine, groups: int = 1) -> dict:
     return stats["decode"]
 
 
-def check_pool(engine: Engine) -> int:
-    """Checks that every slot of every rank holds the store's expert, bit for bit; returns their number."""
+def check_pool(engine: Engine, experts: int = EXPERTS) -> int:
+    """Checks that every slot of every rank holds the store's expert, bit for bit; returns their number.
+
+    experts: experts of a layer of the engine's model.
+    """
     cache, store, mesh = engine.runner.cache, engine.runner.model.store.weights, engine.runner.mesh
     assert cache is not None
-    ranks, held = mesh.shape[DATA] * mesh.shape[EXPERT], EXPERTS // mesh.shape[EXPERT]
+    ranks, held = mesh.shape[DATA] * mesh.shape[EXPERT], experts // mesh.shape[EXPERT]
     slots = jax.tree.map(lambda a: np.asarray(a).reshape(ranks, -1), cache.table.slots)
     pool = jax.tree.map(lambda a: np.asarray(a).reshape(ranks, -1, *a.shape[1:]), cache.pool)
     assert not slots.flying_S.any()
@@ -103,9 +106,6 @@ def check_pool(engine: Engine) -> int:
             assert slots.slot_X[rank, flat] == slot
             layer, expert = divmod(int(flat), held)
             expert += rank % mesh.shape[EXPERT] * held
-            for ours, stack in (
-                (pool.gate_up_E2FD, store.gate_up_E2FD),
-                (pool.down_EDF, store.down_EDF),
-            ):
+            for ours, stack in zip(jax.tree.leaves(pool), jax.tree.leaves(store), strict=True):
                 np.testing.assert_array_equal(ours[rank, slot], np.asarray(stack)[layer, expert])
     return slots.held_S.size
