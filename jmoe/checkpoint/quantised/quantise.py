@@ -7,6 +7,7 @@ LARGEST = {"int8": 127.0, "e4m3": 448.0, "int4": 7.0, "e2m1": 6.0}
 E2M1_EXPONENT = 2  # of the largest number of E2M1, 6 = 1.5 * 2^2
 
 
+@np.errstate(over="ignore", invalid="ignore")  # numbers that are too large are refused at the end
 def quantise(numbers: np.ndarray, coding: Coding) -> Quantised:
     """Returns numbers ``[..., out, in]`` quantised: each is rounded to the nearest code of its group.
 
@@ -45,8 +46,7 @@ def _symmetric(groups: np.ndarray, coding: Coding) -> tuple[np.ndarray, np.ndarr
         scales = np.clip(exponent - 1 - E2M1_EXPONENT + 127, 0, 254).astype(np.uint8)
         divisor = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
     else:
-        with np.errstate(over="ignore"):  # refused at the end
-            scales = (top / LARGEST[coding.code]).astype(coding.scales)
+        scales = (top / LARGEST[coding.code]).astype(coding.scales)
         divisor = scales.astype(np.float32)
     safe = np.where(divisor == 0, 1, divisor)
     return _nearest(groups / safe[..., None], coding), scales
@@ -55,10 +55,9 @@ def _symmetric(groups: np.ndarray, coding: Coding) -> tuple[np.ndarray, np.ndarr
 def _min_max(groups: np.ndarray, coding: Coding) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns codes, scales and lows that reach from the least to the greatest number of each group."""
     least, greatest = groups.min(axis=-1), groups.max(axis=-1)
-    with np.errstate(over="ignore", invalid="ignore"):  # refused at the end, if they are better at all
-        scales = ((greatest - least) / 15).astype(coding.scales)
-        each = scales.astype(np.float32)
-        lows = (least + 8 * each).astype(coding.scales)
+    scales = ((greatest - least) / 15).astype(coding.scales)
+    each = scales.astype(np.float32)
+    lows = (least + 8 * each).astype(coding.scales)
     safe = np.where(each == 0, 1, each)
     values = _nearest((groups - lows.astype(np.float32)[..., None]) / safe[..., None], coding)
     return values, scales, lows
