@@ -93,15 +93,37 @@ inline void product_of(const Operand& x, int64_t i, int64_t m, const Block& w, V
 
 constexpr int AT_ONCE = 8;  // rows of x that are multiplied with a block unpacked in registers
 
-// c[m][16] += sums of x in groups [g0, g1), times their lows.
+// c[m][16] += sums of x in groups [g0, g1), times their lows, for the first of at most M rows.
+template <int M>
+inline int64_t add_lows_of(const float* sums, int64_t groups, int64_t m, int64_t g0, int64_t g1, const float* lows,
+                           float* c) {
+  if constexpr (M > 1)
+    if (m < M) return add_lows_of<M / 2>(sums, groups, m, g0, g1, lows, c);
+  constexpr int C = CHAINS<M>;
+  __m512 v[M][C];
+  UNROLLED for (int i = 0; i < M; i++)
+    UNROLLED for (int k = 0; k < C; k++) v[i][k] = k ? _mm512_setzero_ps() : _mm512_load_ps(c + i * 16);
+  const auto add = [&](int64_t g, int k) __attribute__((always_inline)) {
+    const __m512 low = _mm512_loadu_ps(lows + (g - g0) * 16);
+    UNROLLED for (int i = 0; i < M; i++)
+      v[i][k] = _mm512_fmadd_ps(low, _mm512_set1_ps(sums[i * groups + g]), v[i][k]);
+  };
+  int64_t g = g0;
+  for (; g + C <= g1; g += C)
+    UNROLLED for (int k = 0; k < C; k++) add(g + k, k);
+  for (; g < g1; g++) add(g, 0);
+  UNROLLED for (int i = 0; i < M; i++) {
+    UNROLLED for (int k = 1; k < C; k++) v[i][0] = _mm512_add_ps(v[i][0], v[i][k]);
+    _mm512_store_ps(c + i * 16, v[i][0]);
+  }
+  return M;
+}
+
+// The same for all m rows.
 inline void add_lows(const float* sums, int64_t groups, int64_t m, int64_t g0, int64_t g1, const float* lows,
                      float* c) {
-  for (int64_t i = 0; i < m; i++) {
-    __m512 v = _mm512_loadu_ps(c + i * 16);
-    for (int64_t g = g0; g < g1; g++)
-      v = _mm512_fmadd_ps(_mm512_loadu_ps(lows + (g - g0) * 16), _mm512_set1_ps(sums[i * groups + g]), v);
-    _mm512_storeu_ps(c + i * 16, v);
-  }
+  for (int64_t i = 0; i < m;)
+    i += add_lows_of<AT_ONCE>(sums + i * groups, groups, m - i, g0, g1, lows, c + i * 16);
 }
 
 // c[m][n] = out[m][16] times the scales of the rows of x, for n columns of sixteen.
