@@ -80,6 +80,7 @@ def test_what_is_missing_comes_in_loops(offloaded: list[dict]):
     assert "entry" not in prefill["host_copies"]
 
 
+@pytest.mark.matrix
 def test_every_rank_of_a_mesh_has_its_own_experts_and_prefetches_meanwhile():
     """Host memory, pool and prefetches belong to a rank; a few kilobytes move between ranks for them."""
     where = (*WHERE[:4], "--mesh", "1x4x1", *WHERE[6:], "--step", "decode")
