@@ -96,7 +96,9 @@ def test_a_conversion_lists_its_codings(folder):
     found = manifest["codings"]["layers.1.moe.experts.down_EDF"]
     assert found == {"code": "int4", "group": 32, "scales": "float16", "has_lows": True}
     assert manifest["parameters"]["layers.1.moe.experts.down_EDF.values"] == [8, 32, 32]
-    assert read_codings(folder / "int4", read_config(folder / "int4"))["lm_head"] == CODINGS["int4"]
+    codings = read_codings(folder / "int4", read_config(folder / "int4"))
+    assert codings["layers.1.attention.o_proj"] == CODINGS["int4"]
+    assert codings["lm_head"] == CODINGS["int8"], "four bits in the head cost more than they save"
 
 
 def test_what_is_quantised_already_is_not_quantised_again(folder):

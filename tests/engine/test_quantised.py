@@ -96,7 +96,9 @@ def models(tmp_path_factory) -> Path:
         coding = CODINGS[request["quantization"]]
         parts = (".experts.",) if "quantize" in request else ("_proj.", "lm_head.")
         coded = {
-            name: dequantised(quantise(tensor, coding)) if any(part in name for part in parts) else tensor
+            name: dequantised(quantise(tensor, CODINGS["int8"] if name.startswith("lm_head") else coding))
+            if any(part in name for part in parts)
+            else tensor
             for name, tensor in tensors.items()
         }
         hf_tiny.write_checkpoint(root / form, config, tensors=coded)

@@ -10,7 +10,7 @@ from jmoe_kernels.quantised import Coding
 from jmoe.blueprint import UNQUANTISED, Codings
 from jmoe.checkpoint.converted.manifest import is_converted, read_manifest
 from jmoe.checkpoint.facts import stored_tensors
-from jmoe.checkpoint.params import abstract_decoder, tensors_by_path
+from jmoe.checkpoint.params import abstract_decoder, in_layer, tensors_by_path
 from jmoe.checkpoint.quantised.formats import StoredParam
 from jmoe.checkpoint.source import ModelFiles, source_of
 from jmoe.config.choices import QuantizationName, QuantizedProducts
@@ -100,10 +100,18 @@ def _report_dequantised(directory: Path, tensors: Iterable[StoredParam], kept: C
 
 
 def requested_codings(cfg: ModelConfig, request: Quantize) -> Codings:
-    """Returns the codings that a request gives to the parameters of products."""
-    coding = CODINGS[request.method]
+    """Returns the codings that a request gives to the parameters of products.
+
+    The head, and the embedding if it is one with it, have at least eight bits: four bits there cost about as
+    much perplexity as in all layers (docs/results/quantised.md).
+    """
     kinds = ("experts",) if request.what == "experts" else ("experts", "dense")
-    return Codings({path: _for_rows(coding, inner) for path, inner in _products(cfg, kinds).items()})
+    found = Codings()
+    for path, inner in _products(cfg, kinds).items():
+        coding = CODINGS[request.method]
+        is_head = in_layer(path)[0] < 0
+        found[path] = CODINGS["int8"] if is_head and coding.num_packed > 1 else _for_rows(coding, inner)
+    return found
 
 
 def _products(cfg: ModelConfig, kinds: tuple[Products, ...]) -> dict[str, int]:
