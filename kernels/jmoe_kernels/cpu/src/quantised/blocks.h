@@ -81,7 +81,7 @@ void product(const Operand& x, int64_t m0, const Block& w, V table, int64_t k0, 
 // Multiplies rows [i, m) of x, at most M, with a block.
 template <class F, int M>
 inline void product_of(const Operand& x, int64_t i, int64_t m, const Block& w, V table, int64_t k0, int64_t k1,
-                         float* c, bool adds) {
+                       float* c, bool adds) {
   if (m - i < M) {
     if constexpr (M > 1) product_of<F, M - 1>(x, i, m, w, table, k0, k1, c, adds);
   } else if (x.unit == 16) {
@@ -93,7 +93,7 @@ inline void product_of(const Operand& x, int64_t i, int64_t m, const Block& w, V
 
 constexpr int AT_ONCE = 8;  // rows of x that are multiplied with a block unpacked in registers
 
-// c[m][16] += sums of x in groups [g0, g1), times their lows, for the first of at most M rows.
+// c[][16] += sums of x in groups [g0, g1), times their lows, for the first rows of m, at most M. Returns how many.
 template <int M>
 inline int64_t add_lows_of(const float* sums, int64_t groups, int64_t m, int64_t g0, int64_t g1, const float* lows,
                            float* c) {
