@@ -56,7 +56,7 @@ class Marker:
 
 
 def literal_pattern(text: str) -> str:
-    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
+    return "".join(c if c == "_" or (c.isascii() and c.isalnum()) else f"\\x{{{ord(c):x}}}" for c in text)
 
 
 def skip_spaces(text: str, at: int) -> int:
