@@ -1,19 +1,21 @@
 """The use of a request's tools in its answer: the functions that it may call, and the calls' dialect."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from jmoe.engine.grammar.grammar import Grammar
+from jmoe.server.dialects.dialect import Dialect
+from jmoe.server.dialects.events import Choice, Reader
+from jmoe.server.dialects.json_call import JsonCall
 from jmoe.server.errors import invalid, unsupported
-from jmoe.server.request.dialects import DIALECTS, Choice, Dialect, Reader
 from jmoe.server.request.schema import ChatRequest, Function, NamedTool
 
 AUTO = (
     "tool_choice 'auto' (the default with tools) is not supported: calls are never guessed from free text. "
     "Give 'required', a named function or 'none'"
 )
+DIALECTS = {"json": JsonCall()}
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,23 @@ class ToolUse:
     definitions: list[dict[str, Any]]
     dialect: Dialect
 
-    @property
-    def grammar_maker(self) -> Callable[[], Grammar] | None:
-        """The function that makes the grammar of the answer; None if it is free text."""
-        make = self.dialect.grammars[self.choice]
-        return None if make is None else partial(make, self.functions)
+    def grammar(self, open_names: Collection[str] = ()) -> Grammar | None:
+        """Returns the grammar of the answer; None if it is free text.
+
+        open_names: functions whose arguments are any object, unless they are strict.
+        """
+        return self.dialect.grammar(self.functions, self.choice, parallel=True, open_names=open_names)
+
+    def mended(self, check: Callable[[Grammar], None]) -> Grammar:
+        """Returns a grammar that ``check`` accepts after it has refused that of the tools as they are
+        (``Followed.mended``)."""
+
+        def make(open_names: Collection[str]) -> Grammar:
+            made = self.grammar(open_names)
+            assert made is not None
+            return made
+
+        return self.dialect.followed.mended(make, self.functions, check)
 
     def reader(self) -> Reader:
         """Returns a reader of one answer."""
@@ -51,7 +65,7 @@ def tool_use(body: ChatRequest) -> ToolUse | None:
             raise invalid("tool_choice is only allowed with tools", "tool_choice")
         return None
     kind = "named" if isinstance(choice, NamedTool) else choice or "auto"
-    dialect = next((each for each in DIALECTS.values() if kind in each.grammars), None)
+    dialect = next((each for each in DIALECTS.values() if kind in each.choices), None)
     if dialect is None and kind != "none":
         raise unsupported("tool_choice", AUTO)
     functions = [tool.function for tool in body.tools]

@@ -1,4 +1,4 @@
-"""Tests how tools and tool_choice determine the use of tools in an answer, and reads all dialects."""
+"""Tests how tools and tool_choice determine the use of tools in an answer."""
 
 import json
 
@@ -8,10 +8,11 @@ import pytest
 from jmoe.engine.request import Output
 from jmoe.server.answer.calls import ToolFormat
 from jmoe.server.answer.formats import ChoiceFields
+from jmoe.server.dialects.events import Arguments, CallEnd, CallStart, PlainText
+from jmoe.server.dialects.json_call import JsonCall
 from jmoe.server.errors import ApiError
 from jmoe.server.request.checks import check_chat
 from jmoe.server.request.decoding import decode
-from jmoe.server.request.dialects import DIALECTS, Arguments, CallEnd, CallStart, Dialect, PlainText
 from jmoe.server.request.schema import ChatRequest, Function
 
 TOOLS = [{"type": "function", "function": {"name": name, "strict": None}} for name in ("look", "stop")]
@@ -51,13 +52,13 @@ def test_two_grammars_are_refused():
     assert msgspec.json.decode(refusal.value.response().body)["error"]["param"] == "tools"
 
 
-# Answers that call the functions ``look`` and ``stop`` in every dialect, with their content.
+# Answers of models without a format that call the functions ``look`` and ``stop``, with their content.
 ANSWERS = {
-    ("json", "required"): (
+    "required": (
         '{"name": "stop", "arguments": {"a": ["}\\\\\\"", {}]}}',
         [CallStart("stop"), Arguments('{"a": ["}\\\\\\"", {}]}'), CallEnd()],
     ),
-    ("json", "named"): ("{ }", [CallStart("look"), Arguments("{ }"), CallEnd()]),
+    "named": ("{ }", [CallStart("look"), Arguments("{ }"), CallEnd()]),
 }
 
 
@@ -71,13 +72,13 @@ def joined(events):
     return made
 
 
-@pytest.mark.parametrize(("dialect", "choice"), [(d.name, c) for d in DIALECTS.values() for c in d.grammars])
-def test_a_reader_finds_the_same_however_an_answer_is_cut(dialect, choice):
-    text, events = ANSWERS[dialect, choice]
+@pytest.mark.parametrize("choice", ANSWERS)
+def test_a_reader_finds_the_same_however_an_answer_is_cut(choice):
+    text, events = ANSWERS[choice]
     functions = [msgspec.convert(tool["function"], Function) for tool in TOOLS]
     functions = functions[:1] if choice == "named" else functions
     for size in range(1, len(text) + 1):
-        reader = DIALECTS[dialect].reader(choice, functions)
+        reader = JsonCall().reader(choice, functions)
         found = [e for i in range(0, len(text), size) for e in reader.feed(text[i : i + size])]
         assert joined(found + reader.close()) == events
 
@@ -94,13 +95,24 @@ class Spelled:
         return [Arguments("}"), CallEnd(), PlainText("!")]
 
 
+class Free(JsonCall):
+    """A dialect of free text."""
+
+    choices = frozenset(("auto",))
+
+    def grammar(self, functions, choice, *, parallel, open_names=()):
+        return None
+
+    def reader(self, choice, functions):
+        return Spelled()
+
+
 def test_formats_write_the_events_of_any_dialect(monkeypatch):
     """Formats write any dialect's events: here one of the choice "auto", with text around several calls."""
-    free = Dialect("free", {"auto": None}, lambda choice, functions: Spelled())
+    free = Free()
     monkeypatch.setattr("jmoe.server.request.tools.DIALECTS", {"free": free})
-    chat = checked(tools=TOOLS, response_format={"type": "json_object"})
-    assert chat.tools is not None and chat.tools.dialect is free
-    assert chat.grammar is not None and chat.grammar.param == "response_format", "the dialect has no grammar"
+    chat = checked(tools=TOOLS)
+    assert chat.tools is not None and chat.tools.dialect is free and chat.grammar is None
     outputs = [Output("r", text=text) for text in "abcd"] + [Output("r", text="", finish_reason="stop")]
     form = ToolFormat(ChoiceFields(None, 1, None, has_token_ids=False), chat.tools)
     deltas = [msgspec.to_builtins(form.piece(0, output).delta) for output in outputs]
