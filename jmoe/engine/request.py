@@ -184,24 +184,17 @@ class Request:
 
     @property
     def needs_mask(self) -> bool:
-        """Whether the next token after those that the host has seen is drawn with a mask."""
-        return self._is_masked(after=0)
-
-    @property
-    def needs_host(self) -> bool:
-        """Whether the host must see a token that was drawn before the next one is drawn, which needs a
-        mask."""
-        return self._is_masked(after=1)
+        """Whether the next token, after those in flight, is drawn with a mask. The host must then have seen
+        those in flight."""
+        if self.constraint is None:
+            return False
+        num_in_flight = self.state.num_in_flight - self.state.num_stale
+        return self.caution.num_masked > num_in_flight or not self.constraint.is_open
 
     def note_refusal(self) -> None:
         """Notes that the grammar has refused a token, so that the next one is drawn with a mask."""
         if self.constraint is not None and self.constraint.is_open:
             self.caution.refuse()
-
-    def _is_masked(self, after: int) -> bool:
-        if self.constraint is None:
-            return False
-        return self.caution.num_masked > after or not self.constraint.is_open
 
     @property
     def tokens(self) -> list[int]:

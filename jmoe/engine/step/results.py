@@ -94,7 +94,7 @@ class RunningStep:
 def _is_awaited(run: Run) -> bool:
     """Returns whether the run's token must be on the host before its request draws the next one."""
     state = run.request.state
-    return run.is_sampled and run.request.needs_host and not state.num_stale and not state.is_ended
+    return run.is_sampled and run.request.needs_mask and not state.num_stale and not state.is_ended
 
 
 def count_assignments(placed: PlacedRun, changes: Changes | None, cfg: ModelConfig) -> None:
