@@ -12,6 +12,7 @@ from jmoe.config.counters import USAGE, names
 from jmoe.config.reading import check_fields
 from jmoe.engine.grammar.caution import Caution
 from jmoe.engine.page_names import PageNames
+from jmoe.engine.text.markup import PLAIN, Markup
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 256
@@ -104,12 +105,13 @@ class Output:
     """One increment of a request's answer; the last one carries ``finish_reason``.
 
     text: text that became certain; it never holds half a character nor the beginning of a stop string.
-    thoughts: the same for the channels other than the final one, if the model answers in channels.
+    thoughts: the same for what the model writes apart from its answer: its other channels, or its thoughts.
     prompt_logprobs: one entry per prompt token, None for the first; they are sent once, with the first
         increment.
     error: one-line cause if ``finish_reason`` is "error".
     is_invalid: whether the request itself is that cause, so that sending it again cannot help.
     moe: counts that are sent with the last increment, if anything lossy is configured.
+    num_thought_tokens: number of the tokens that belong to thoughts.
     """
 
     request_id: str
@@ -123,6 +125,7 @@ class Output:
     error: str | None = None
     is_invalid: bool = False
     moe: MoEUsage | None = None
+    num_thought_tokens: int = 0
 
 
 class Constraint(Protocol):
@@ -155,13 +158,14 @@ class Request:
     emit: function that is called from the engine's thread with every increment; it must not block.
     arrival_time: time at which the engine got the request.
     constraint: grammar of the answer; None allows every token.
-    caution: what its refusals have taught about the next tokens.
+    markup: marks by which the answer's text is divided.
     token_ids: generated tokens that the host has seen, and that the grammar allows.
     state: state that the scheduler keeps of the request.
     start_time: time of its first admission; None while it waits.
     first_token_time: time of its first token; None before it.
     moe: assignments of its tokens that lossy techniques changed.
     num_cached_tokens: prompt tokens that were found in cached pages when the request was first admitted.
+    caution: how long its masks last after its grammar has refused a token.
     """
 
     id: str
@@ -170,13 +174,14 @@ class Request:
     emit: Callable[[Output], None]
     arrival_time: float
     constraint: Constraint | None = None
-    caution: Caution = field(default_factory=Caution)
+    markup: Markup = PLAIN
     token_ids: list[int] = field(default_factory=list)
     state: "RequestState" = field(default_factory=lambda: RequestState())
     start_time: float | None = None
     first_token_time: float | None = None
     moe: MoEUsage = field(default_factory=MoEUsage)
     num_cached_tokens: int = 0
+    caution: Caution = field(default_factory=Caution)
 
     @property
     def length(self) -> int:

@@ -17,7 +17,7 @@ def detokenizers(requests: Sequence[Request], codec: TextCodec | None) -> dict[s
 
 def _detokenizer(request: Request, codec: TextCodec) -> Detokenizer:
     prompt = None if request.constraint is not None else request.prompt_token_ids
-    return Detokenizer(codec, request.params.stop, prompt)
+    return Detokenizer(codec, request.params.stop, prompt, request.markup)
 
 
 def accept(request: Request, token: int) -> str | None:
@@ -68,13 +68,14 @@ class Answers:
         scores: see ``token_logprob``.
         """
         params, finish, stopped_by = request.params, self._end_reason(request, token), None
-        text = thoughts = ""
+        text, thoughts, is_thought = "", "", False
         detokenizer = self._texts.get(request.id)
         if finish is not None:
             stopped_by = token if token in params.stop_token_ids else None
+            text = "" if detokenizer is None else detokenizer.push_end(token)
         elif detokenizer is not None:
             text = detokenizer.push(token, may_stop=len(request.token_ids) >= params.min_tokens)
-            thoughts = detokenizer.thoughts
+            thoughts, is_thought = detokenizer.thoughts, detokenizer.is_thought
             if detokenizer.stop_match is not None:
                 finish, stopped_by = "stop", detokenizer.stop_match
         is_full = len(request.token_ids) == params.max_tokens or request.length == self.max_model_len
@@ -91,6 +92,7 @@ class Answers:
             (token,),
             text=text,
             thoughts=thoughts,
+            num_thought_tokens=int(is_thought),
             logprobs=logprobs,
             prompt_logprobs=self.scores.take(request),
             finish_reason=finish,
