@@ -98,10 +98,9 @@ class GrammarConstraint:
         return mask
 
     def is_allowed(self, token_id: int) -> bool:
+        if token_id in self.end_ids:  # the matcher does not validate all that its masks have
+            return bool(self.allowed()[token_id // 32] >> token_id % 32 & 1)
         with panics_as_errors():
-            # The matcher validates no end token after a text that nothing can follow.
-            if token_id in self.end_ids and self.matcher.is_accepting():
-                return True
             is_valid = self.matcher.validate_tokens([token_id]) == 1
             self._check()
         return is_valid
