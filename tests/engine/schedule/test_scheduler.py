@@ -28,12 +28,17 @@ def scheduler_of(
     return Scheduler(pool, limits, sizes, page_kind=lambda r: r.params.cache_salt, rank_chooser=by)
 
 
-def deliver(scheduler: Scheduler, step: Step, token: int = 0) -> None:
-    """Does what the engine does once a step has ended, for requests that need more than it gave."""
+def deliver(scheduler: Scheduler, step: Step, token: int = 0, refused: Request | None = None) -> None:
+    """Does what the engine does once a step has ended, for requests that need more than it gave. The grammar
+    of ``refused`` refuses its token."""
     for run in step.decodes + step.prompts:
         place = run.request.state
         place.num_in_flight -= run.is_sampled
-        if run.is_sampled and not place.is_ended:
+        if run.is_sampled and place.num_stale:
+            place.num_stale -= 1
+        elif run.is_sampled and not place.is_ended and run.request is refused:
+            scheduler.redraw(refused)
+        elif run.is_sampled and not place.is_ended:
             run.request.token_ids.append(token)
             if place.rank >= 0:
                 scheduler.name_pages(run.request)
@@ -43,9 +48,10 @@ def deliver(scheduler: Scheduler, step: Step, token: int = 0) -> None:
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests come, run, are preempted, finish and are aborted in any order, with prompts that begin alike.
+    Some of their tokens are refused and drawn again.
 
     No page is lost, none is used by two requests unless it holds the same for both, and every request
-    computes each token once, or once more after a preemption.
+    computes each token once, or once more after a preemption or a refused token.
     """
 
     RANKS, PAGES, SIZE = 2, 6, 4
@@ -57,6 +63,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.order: list[Request] = []
         self.started: Step | None = None  # the step that runs and is not delivered yet
         self.held: dict[tuple[int, int], tuple] = {}  # (rank, page) -> tokens that were written
+        self.refused: Request | None = None  # the request whose token of the started step will be refused
 
     @rule(prompt=st.integers(1, 12), new=st.one_of(st.none(), st.integers(1, 8)), kind=st.integers(0, 2))
     def add(self, prompt, new, kind):
@@ -69,16 +76,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.add([made])
             self.order.append(made)
 
-    @rule()
-    def step(self):
+    @rule(refused=st.one_of(st.none(), st.integers(0, 3)))
+    def step(self, refused: int | None = None):
         """Starts the next step before the one before it is delivered."""
+        started = [] if self.started is None else self.started.decodes + self.started.prompts
+        can = [r.request for r in started if r.is_sampled and not r.is_redraw and not r.request.state.num_stale]
+        self.refused = None if refused is None or refused >= len(can) else can[refused]
         step = self.scheduler.next_step()
         if step is not None:
             self._compute(step)
         elif self.started is None:
             assert not self.scheduler.running and not self.scheduler.waiting
         if self.started is not None:
-            deliver(self.scheduler, self.started)
+            deliver(self.scheduler, self.started, refused=self.refused)
         self.started = step
 
     def _compute(self, step: Step) -> None:
@@ -99,7 +109,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                     self._read(run)
 
     def _write(self, run: Run) -> None:
-        place, tokens = run.request.state, [*run.request.tokens, 0]
+        place, tokens = run.request.state, self._tokens(run)
         assert run.is_decode or run.start % self.SIZE == 0
         for at in range(run.start, run.start + run.count):
             page = place.rank, place.block_table[at // self.SIZE]
@@ -109,10 +119,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.held[page] = (*before, tokens[at])
 
     def _read(self, run: Run) -> None:
-        place, tokens = run.request.state, [*run.request.tokens, 0]
+        place, tokens = run.request.state, self._tokens(run)
         for index in range((run.start + run.count) // self.SIZE):
             want = tuple(tokens[index * self.SIZE : (index + 1) * self.SIZE])
             assert self.held[place.rank, place.block_table[index]] == want
+
+    def _tokens(self, run: Run) -> list[int]:
+        """Returns the request's tokens, and the one that only the device knows."""
+        return [*run.request.tokens, 99 if run.request is self.refused else 0]
 
     @rule(data=st.data())
     def abort(self, data):
