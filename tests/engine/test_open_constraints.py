@@ -1,4 +1,4 @@
-"""Tests answers whose grammar is asked only after a token was drawn: they are those of masks at every step."""
+"""Tests answers whose grammar is asked after a token was drawn: they are those of masks at every step."""
 
 import dataclasses
 import itertools
@@ -66,6 +66,9 @@ def run(engine: Engine, prompts, params, constraints) -> tuple[list[Request], li
         assert [t for part in parts for t in part.token_ids] == request.token_ids
         scored = [e.token_id for part in parts for e in part.logprobs]
         assert scored == (request.token_ids if request.params.logprobs is not None else [])
+        if request.params.prompt_logprobs is not None:
+            assert len(parts[0].prompt_logprobs or ()) == len(request.prompt_token_ids)
+            assert not any(part.prompt_logprobs for part in parts[1:])
         assert listener.heard.count(request.id) == len(request.token_ids)
     assert engine.snapshot().kv_usage == 0 and not engine.scheduler.running
     return requests, outputs
@@ -164,7 +167,9 @@ def refused_at(engine: Engine, prompt, places: list[int], params=LONG) -> Counte
 @pytest.mark.parametrize("length", [1, 8, 16, 33, 44])
 def test_the_first_token_of_an_answer_is_drawn_again(engine: Engine, length: int):
     """Prompts end within a page, at its end, after several runs, and are a single token."""
-    refused_at(engine, tokens(CFG, length, seed=180 + length), [0])
+    prompt = tokens(CFG, length, seed=180 + length)
+    for params in (LONG, dataclasses.replace(LONG, prompt_logprobs=0)):
+        refused_at(engine, prompt, [0], params)
 
 
 @pytest.mark.parametrize("places", [[19], [0, 1, 2], [6, 7], [3, 5, 9, 10]], ids=str)
@@ -195,7 +200,8 @@ def test_open_answers_do_not_wait_for_the_host(engine: Engine, monkeypatch):
 
     monkeypatch.setattr(engine.runner, "run", counted)
     for constraint in (Refuses(CFG.vocab_size, {}), AlwaysMasked(Refuses(CFG.vocab_size, {}))):
-        began.clear(), got.clear()
+        began.clear()
+        got.clear()
         engine.run([Request("ahead", [5, 6, 7], GREEDY, got.append, 0.0, constraint=constraint)])
         is_ahead = not isinstance(constraint, AlwaysMasked)
         assert began == ([0, *range(11)] if is_ahead else [*range(12)])
@@ -248,7 +254,9 @@ def test_a_constraint_that_fails_at_a_drawn_token_ends_its_request_alone(engine:
     assert requests[0].token_ids == [] and len(requests[1].token_ids) == 20
 
 
-def test_a_page_that_others_read_is_copied_before_its_last_token_is_computed_again(engine: Engine):
+def test_a_page_that_others_read_is_copied_before_its_last_token_is_computed_again(
+    engine: Engine, monkeypatch
+):
     """One prompt is the beginning of the other; its last token ends a page."""
     long = tokens(CFG, 40, seed=197)
     short = long[:16]
@@ -256,7 +264,12 @@ def test_a_page_that_others_read_is_copied_before_its_last_token_is_computed_aga
     [alone], _ = serve(engine, [long], LONG)
     copies, shared = [], engine_on(make_mesh(), first=4)
     copy = shared.runner.copy_pages
-    shared.runner.copy_pages = lambda *given: (copies.append(given), copy(*given))[1]
+
+    def counted(*given: np.ndarray) -> None:
+        copies.append(given)
+        copy(*given)
+
+    monkeypatch.setattr(shared.runner, "copy_pages", counted)
     refuses = Refuses(CFG.vocab_size, {0: [free.token_ids[0]]})
     requests, _ = run(shared, [short, long], [LONG] * 2, [refuses, None])
     assert requests[1].num_cached_tokens == 16 and len(copies) == 1

@@ -1,4 +1,4 @@
-"""Constraints of answers for tests: pseudo-random sets of tokens, refusals at known places, masks everywhere."""
+"""Constraints of answers for tests: pseudo-random sets of tokens, refusals at known places, masks at each."""
 
 import zlib
 

@@ -1,7 +1,7 @@
 """The places of an answer around its thoughts, and the tokens that lead from one to the next.
 
-The text of a token is a string with one character for each of its bytes, or the token's mark: marks are beyond
-U+00FF, so that no other token's bytes are taken for one.
+The text of a token is a string with one character for each of its bytes, or the token's mark: marks are
+beyond U+00FF, so that no other token's bytes are taken for one.
 """
 
 from collections.abc import Iterable
@@ -41,24 +41,26 @@ class ThoughtTokens:
     """The tokens of one vocabulary beside the markers of thoughts. Making it takes about a second for a large
     vocabulary. Its methods are for one thread.
 
-    markup: markup whose ``thought_start`` and ``thought_end`` are not empty. ``in_thought`` has no effect.
+    markup: markup that has texts around thoughts; whether the answer begins inside of them has no effect.
     """
 
     def __init__(self, token_bytes: TokenBytes, vocab_size: int, markup: Markup):
-        marks, characters = markup.marks, frozenset(markup.marks.values())
+        self.token_bytes, self.vocab_size, self.marks = token_bytes, vocab_size, markup.marks
+        characters = frozenset(markup.marks.values())
         self.start = _units(markup.thought_start, characters)
         self.end = _units(markup.thought_end, characters)
         if not self.start or not self.end:
             raise ValueError("thoughts need a text that opens them and one that closes them")
-        hidden = token_bytes.special_ids
-        self.texts = [
-            marks[id] if id in marks else "" if id in hidden else token_bytes(id).decode("latin-1")
-            for id in range(vocab_size)
-        ]
         self._borders = _borders(self.end)
-        self._outside_ids = [id for id, text in enumerate(self.texts) if self._may_be_outside(text)]
-        self._closing_ids = [id for id, text in enumerate(self.texts) if self._may_close(text)]
+        texts = [self._text(id) for id in range(vocab_size)]
+        self._outside_ids = [id for id, text in enumerate(texts) if self._may_be_outside(text)]
+        self._closing_ids = [id for id, text in enumerate(texts) if self._may_close(text)]
         self._masks: dict[Place, np.ndarray] = {}
+
+    def _text(self, id: int) -> str:
+        if id in self.marks:
+            return self.marks[id]
+        return "" if id in self.token_bytes.special_ids else self.token_bytes(id).decode("latin-1")
 
     def _may_be_outside(self, text: str) -> bool:
         """Returns whether the token can be white space or a part of a marker, with white space around it or
@@ -78,7 +80,7 @@ class ThoughtTokens:
     def follow(self, place: Place, token_id: int) -> Place | None:
         """Returns the place after a token, or None if the token does not belong to what surrounds the
         answer's own text."""
-        text, now = self.texts[token_id], place
+        text, now = self._text(token_id), place
         if not text:
             return place if place.kind == "thoughts" else None
         for character in text:
@@ -113,7 +115,7 @@ class ThoughtTokens:
         """Returns uint32 ``[ceil(vocabulary / 32)]``: a bit mask of the tokens after which ``follow`` returns
         a place, without white space at the start, which belongs to the answer."""
         if (known := self._masks.get(place)) is None:
-            bits = np.full(-(-len(self.texts) // 32) * 32, place.kind == "thoughts")
+            bits = np.full(-(-self.vocab_size // 32) * 32, place.kind == "thoughts")
             for id in self._closing_ids if place.kind == "thoughts" else self._outside_ids:
                 bits[id] = self.passes(place, id)
             known = self._masks[place] = np.packbits(bits, bitorder="little").view(np.uint32)

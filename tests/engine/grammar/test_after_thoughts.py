@@ -91,7 +91,8 @@ def test_what_is_allowed_is_what_the_expression_matches(compiler, tokens, in_tho
     rng, ended, matched = np.random.default_rng(3), 0, 0
     whole = THOUGHTS if in_thought else f"(?: {{0,2}}<t>{THOUGHTS})?"  # two spaces may begin an answer
     expression = re.compile(f"{whole}(?:{INNER})")
-    samples = ["a</t>yes", "</t>\n </t>_", "</t></t></t>yes", "</t> \n" + 16 * " " + "yes", "<</t></to>", "</t>"]
+    samples = ["a</t>yes", "</t>\n </t>_", "</t></t></t>yes", f"</t>{16 * ' '}yes", "<</t></to>", "</t>"]
+    samples += [f"</t>{17 * ' '}yes"]
     for number in range(40):
         constraint = constraint_of(compiler, tokens, in_thought=in_thought)
         ids = walk(constraint, rng)

@@ -1,4 +1,4 @@
-"""Tests where a grammar needs no mask, and that single tokens are allowed exactly where its masks allow them."""
+"""Tests where a grammar needs no mask, and that single tokens are allowed where its masks allow them."""
 
 import numpy as np
 import pytest

@@ -80,7 +80,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self, refused: int | None = None):
         """Starts the next step before the one before it is delivered."""
         started = [] if self.started is None else self.started.decodes + self.started.prompts
-        can = [r.request for r in started if r.is_sampled and not r.is_redraw and not r.request.state.num_stale]
+        drawn = [run.request for run in started if run.is_sampled and not run.is_redraw]
+        can = [request for request in drawn if not request.state.num_stale]
         self.refused = None if refused is None or refused >= len(can) else can[refused]
         step = self.scheduler.next_step()
         if step is not None:
