@@ -199,12 +199,18 @@ def test_open_answers_do_not_wait_for_the_host(engine: Engine, monkeypatch):
         return start(given)
 
     monkeypatch.setattr(engine.runner, "run", counted)
-    for constraint in (Refuses(CFG.vocab_size, {}), AlwaysMasked(Refuses(CFG.vocab_size, {}))):
+    [free], _ = serve(engine, [np.array([5, 6, 7])], GREEDY)
+    refused = {3: [free.token_ids[3]]}
+    cases = {
+        (0, *range(11)): Refuses(CFG.vocab_size, {}),
+        tuple(range(12)): AlwaysMasked(Refuses(CFG.vocab_size, {})),
+        (0, 0, 1, 2, 3, 3, *range(3, 11)): Refuses(CFG.vocab_size, refused),  # two steps more, and no wait
+    }
+    for want, constraint in cases.items():
         began.clear()
         got.clear()
         engine.run([Request("ahead", [5, 6, 7], GREEDY, got.append, 0.0, constraint=constraint)])
-        is_ahead = not isinstance(constraint, AlwaysMasked)
-        assert began == ([0, *range(11)] if is_ahead else [*range(12)])
+        assert tuple(began) == want
 
 
 def test_an_end_token_ends_the_answer_only_where_it_is_allowed(engine: Engine):
