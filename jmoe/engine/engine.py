@@ -2,8 +2,12 @@
 
 The device works on a step while the host delivers the previous one and plans the next one. This is possible
 because a request's next step does not need its newest token on the host; only the end of the answer and a
-grammar do. If a request turns out to have ended, its row in the step that already runs is ignored. The engine
-is synchronous; ``worker`` runs it on a separate thread.
+grammar's mask do. If a request turns out to have ended, its row in the step that already runs is ignored.
+
+A grammar needs no mask where the answer may be free text. A token drawn there that the grammar refuses is
+thrown away, together with the token drawn after it, and is drawn again with a mask: from the same position
+with the same noise, so that the answer is the same as with a mask at every step. The engine is synchronous;
+``worker`` runs it on a separate thread.
 """
 
 import logging
@@ -18,7 +22,7 @@ import numpy as np
 from jmoe.engine.faults import ends_program, tell
 from jmoe.engine.reports import EngineSnapshot, Listener
 from jmoe.engine.request import EngineDead, FinishReason, Output, Request, SamplingParams
-from jmoe.engine.schedule.plan import Step
+from jmoe.engine.schedule.plan import Run, Step
 from jmoe.engine.schedule.scheduler import Scheduler
 from jmoe.engine.step.answers import Answers, accept, detokenizers
 from jmoe.engine.step.fill import PlacedRun, constrain, fill, place_runs
@@ -198,7 +202,10 @@ class Engine:
         for placed in step.placed:
             run = placed.run
             run.request.state.num_in_flight -= run.is_sampled
-            if self.runner.is_lossy:
+            if run.is_sampled and run.request.state.num_stale:
+                run.request.state.num_stale -= 1
+                continue
+            if self.runner.is_lossy and not run.is_redraw:
                 count_assignments(placed, changes, self.runner.cfg)
             self._isolate(run.request, self._deliver_run, placed, prompt_scores, fetched, now)
         report = step.report(now, time.monotonic())
@@ -217,7 +224,21 @@ class Engine:
         elif request.params.max_tokens == 0:
             self._end(request, self._answers.scores_only(request))
         else:
-            self._deliver_token(request, int(fetched.ids_B[row]), fetched.scores(row), now)
+            self._receive_token(run, int(fetched.ids_B[row]), fetched.scores(row), now)
+
+    def _receive_token(self, run: Run, token: int, scores: tuple, now: float) -> None:
+        """Delivers a token, or lets the request draw it again if its grammar refuses it."""
+        request, constraint = run.request, run.request.constraint
+        try:
+            is_refused = constraint is not None and not run.is_masked and not constraint.is_allowed(token)
+        except ValueError as error:
+            self._fail(request, str(error), invalid=True)
+            return
+        if is_refused:
+            request.note_refusal()
+            self.scheduler.redraw(request)
+        else:
+            self._deliver_token(request, token, scores, now)
 
     def _deliver_token(self, request: Request, token: int, scores: tuple, now: float) -> None:
         request.token_ids.append(token)
@@ -289,7 +310,7 @@ class Engine:
     def snapshot(self) -> EngineSnapshot:
         s = self.scheduler
         after = self.runner.compilations.num_after_warmup
-        counts = s.preemptions, s.prefix.queries, s.prefix.hits
+        counts = s.preemptions, s.prefix.queries, s.prefix.hits, s.redraws
         is_alive = self.runner.is_alive
         return EngineSnapshot(len(s.running), len(s.waiting), s.pool.usage, is_alive, after, *counts)
 

@@ -25,13 +25,14 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class EngineSnapshot:
-    """The engine at one moment. The last four fields are counted since the start.
+    """The engine at one moment. The last five fields are counted since the start.
 
     kv_usage: share of KV pages in use, 0 to 1.
     compilations_after_warmup: compilations after the warm-up.
     preemptions: times that a request lost its pages to an older one.
     prefix_queries: prompt tokens that were looked up in cached pages.
     prefix_hits: prompt tokens that were found there.
+    grammar_redraws: tokens that a grammar refused and that were drawn again.
     """
 
     num_running: int
@@ -42,6 +43,7 @@ class EngineSnapshot:
     preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    grammar_redraws: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from jmoe.config.counters import USAGE, names
 from jmoe.config.reading import check_fields
+from jmoe.engine.grammar.caution import Caution
 from jmoe.engine.page_names import PageNames
 from jmoe.engine.text.markup import PLAIN, Markup
 
@@ -130,14 +131,20 @@ class Output:
 class Constraint(Protocol):
     """The tokens that one answer may have: a grammar, and the answer's current state in it.
 
+    is_open: whether most tokens may come next, as in free text. The next token is then drawn without a mask,
+        and it is drawn again with one if it turns out not to be allowed.
     allowed: method that returns uint32 ``[ceil(vocabulary / 32)]``; bit t % 32 of word t // 32 says whether
         token t may come next. At least one token may; the end-of-text token may if the answer may end here.
+    is_allowed: method that says the same of one token. It does not change the state.
     accept: method that advances the state by the sampled token.
 
-    Both are called from the engine's thread.
+    All are used on the engine's thread. The methods raise ValueError with one line if they fail.
     """
 
+    @property
+    def is_open(self) -> bool: ...
     def allowed(self) -> np.ndarray: ...
+    def is_allowed(self, token_id: int) -> bool: ...
     def accept(self, token_id: int) -> None: ...
 
 
@@ -152,12 +159,13 @@ class Request:
     arrival_time: time at which the engine got the request.
     constraint: grammar of the answer; None allows every token.
     markup: marks by which the answer's text is divided.
-    token_ids: generated tokens that the host has seen.
+    token_ids: generated tokens that the host has seen, and that the grammar allows.
     state: state that the scheduler keeps of the request.
     start_time: time of its first admission; None while it waits.
     first_token_time: time of its first token; None before it.
     moe: assignments of its tokens that lossy techniques changed.
     num_cached_tokens: prompt tokens that were found in cached pages when the request was first admitted.
+    caution: how long its masks last after its grammar has refused a token.
     """
 
     id: str
@@ -173,10 +181,25 @@ class Request:
     first_token_time: float | None = None
     moe: MoEUsage = field(default_factory=MoEUsage)
     num_cached_tokens: int = 0
+    caution: Caution = field(default_factory=Caution)
 
     @property
     def length(self) -> int:
         return len(self.prompt_token_ids) + len(self.token_ids)
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether the next token, after those in flight, is drawn with a mask. The host must then have seen
+        those in flight."""
+        if self.constraint is None:
+            return False
+        num_in_flight = self.state.num_in_flight - self.state.num_stale
+        return self.caution.num_masked > num_in_flight or not self.constraint.is_open
+
+    def note_refusal(self) -> None:
+        """Notes that the grammar has refused a token, so that the next one is drawn with a mask."""
+        if self.constraint is not None and self.constraint.is_open:
+            self.caution.refuse()
 
     @property
     def tokens(self) -> list[int]:
@@ -204,6 +227,9 @@ class RequestState:
     num_prefill_tokens: tokens to prefill.
     num_computed_tokens: tokens whose keys and values are in the pages.
     num_in_flight: tokens that the device has sampled and the host has not seen.
+    num_stale: those of them that were drawn after a token that the grammar has refused.
+    is_redraw: whether the next run computes the last known token again, because the token drawn after it was
+        refused.
     is_ended: whether nothing of the request is wanted any more.
     """
 
@@ -218,6 +244,8 @@ class RequestState:
     num_prefill_tokens: int = 0
     num_computed_tokens: int = 0
     num_in_flight: int = 0
+    num_stale: int = 0
+    is_redraw: bool = False
     is_ended: bool = False
 
 

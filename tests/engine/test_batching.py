@@ -186,6 +186,8 @@ def test_an_abort_frees_pages_and_place_at_once_wherever_it_comes(engine: Engine
 class Only:
     """A constraint: the answer is these tokens, and it fails at token number ``fails``."""
 
+    is_open = False
+
     def __init__(self, wanted: list[int], fails: int | None = None):
         self.wanted, self.fails, self.taken = wanted, fails, []
 
@@ -196,6 +198,9 @@ class Only:
         token = self.wanted[len(self.taken)]
         words[token // 32] |= np.uint32(1 << token % 32)
         return words
+
+    def is_allowed(self, token_id: int) -> bool:
+        return token_id == self.wanted[len(self.taken)]
 
     def accept(self, token_id: int) -> None:
         self.taken.append(token_id)

@@ -74,19 +74,25 @@ class Letters:
 
 
 class Forced:
-    """A grammar that allows only one token.
+    """A grammar that allows only one token. It is open if ``is_allowed`` fails.
 
     fails: method at which it fails, in the way of ``failing``.
     """
 
     def __init__(self, token: int, words: int, fails: str = "", failing=panic):
         self.words, self.fails, self.failing = np.zeros(words, np.uint32), fails, failing
+        self.is_open = fails == "is_allowed"
         self.words[token // 32] = 1 << token % 32
 
     def allowed(self):
         if self.fails == "allowed":
             self.failing()
         return self.words
+
+    def is_allowed(self, token_id):
+        if self.fails == "is_allowed":
+            self.failing()
+        return True
 
     def accept(self, token_id):
         if self.fails == "accept":
@@ -147,6 +153,7 @@ CULPRITS = {
     "its text": {"token": FATAL},
     "its grammar's mask": {"fails": "allowed"},
     "its grammar's step": {"fails": "accept"},
+    "its grammar's look at a token": {"fails": "is_allowed"},
     "a mask that is an error": {"fails": "allowed", "failing": boom},
     "a step without memory": {"fails": "accept", "failing": out_of_memory},
     "a wish to end": {"fails": "accept", "failing": leave},

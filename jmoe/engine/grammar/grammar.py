@@ -1,7 +1,7 @@
 """Grammars that an answer must follow, as masks over the vocabulary, computed by llguidance."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,12 +78,16 @@ def _literal(character: str) -> str:
 class GrammarConstraint:
     """The state of one answer in its grammar (``engine.request.Constraint``).
 
-    Both methods raise ValueError with one line if the grammar has become too costly to follow; ``accept``
-    also raises it for a token that the grammar does not allow. After an error both methods go on to fail.
+    The methods raise ValueError with one line if the grammar has become too costly to follow; ``accept``
+    also raises it for a token that the grammar does not allow. After an error they go on to fail.
+
+    end_ids: tokens that end an answer.
+    is_open: whether the answer may end here and may also go on: it is free text, or may be whole.
     """
 
-    def __init__(self, matcher: llguidance.LLMatcher, words: int):
-        self.matcher, self.words = matcher, words
+    def __init__(self, matcher: llguidance.LLMatcher, words: int, end_ids: Collection[int]):
+        self.matcher, self.words, self.end_ids = matcher, words, end_ids
+        self.is_open = self._may_end_or_go_on()
 
     def allowed(self) -> np.ndarray:
         """Returns uint32 ``[words]``: a bit mask of the allowed next tokens, with end of text if the answer
@@ -93,10 +97,22 @@ class GrammarConstraint:
             self._check()
         return mask
 
+    def is_allowed(self, token_id: int) -> bool:
+        if token_id in self.end_ids:  # the matcher does not validate all that its masks have
+            return bool(self.allowed()[token_id // 32] >> token_id % 32 & 1)
+        with panics_as_errors():
+            is_valid = self.matcher.validate_tokens([token_id]) == 1
+            self._check()
+        return is_valid
+
     def accept(self, token_id: int) -> None:
         with panics_as_errors():
             self.matcher.consume_token(token_id)
             self._check()
+            self.is_open = self._may_end_or_go_on()
+
+    def _may_end_or_go_on(self) -> bool:
+        return self.matcher.is_accepting() and not self.matcher.is_stopped()
 
     def _check(self) -> None:
         if self.matcher.is_error():
@@ -106,12 +122,12 @@ class GrammarConstraint:
 class CompiledGrammar:
     """A compiled grammar; the constraint of each answer is a copy of its state."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, words: int):
-        self.matcher, self.words = matcher, words
+    def __init__(self, matcher: llguidance.LLMatcher, words: int, end_ids: Collection[int]):
+        self.matcher, self.words, self.end_ids = matcher, words, end_ids
 
     def constraint(self) -> GrammarConstraint:
         with panics_as_errors():
-            return GrammarConstraint(self.matcher.deep_copy(), self.words)
+            return GrammarConstraint(self.matcher.deep_copy(), self.words, self.end_ids)
 
 
 class GrammarCompiler:
@@ -142,4 +158,4 @@ class GrammarCompiler:
         matcher, error = try_grammar(self.tokenizer, self.source(grammar))
         if matcher is None:
             raise ValueError(error)
-        return CompiledGrammar(matcher, self.words)
+        return CompiledGrammar(matcher, self.words, frozenset(self.spec["end_ids"]))

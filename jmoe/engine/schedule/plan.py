@@ -11,6 +11,9 @@ class Run:
 
     is_decode: whether this is one decoded token after all computed ones; otherwise it is a part of a prompt.
     is_sampled: whether the next token is sampled.
+    is_masked: whether it is sampled among the tokens that the request's grammar allows.
+    is_redraw: whether the token was computed before, and the token drawn after it was refused. The device has
+        since run the refused token for the request's seat.
     """
 
     request: Request
@@ -18,6 +21,8 @@ class Run:
     count: int
     is_decode: bool
     is_sampled: bool
+    is_masked: bool = False
+    is_redraw: bool = False
 
 
 @dataclass

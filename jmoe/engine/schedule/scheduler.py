@@ -69,7 +69,7 @@ class Scheduler:
         self.rank_chooser = rank_chooser or RankChooser(len(pool.ranks), limits.max_num_seqs)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.prefix, self.preemptions = PrefixCounts(), 0
+        self.prefix, self.preemptions, self.redraws = PrefixCounts(), 0, 0
         self._num_arrivals = 0
 
     def pages_needed(self, request: Request) -> int:
@@ -126,7 +126,7 @@ class Scheduler:
         """Returns whether to decode a token: all but the last sampled one are computed, and no limit is
         met."""
         state, limit = request.state, request.params.max_tokens
-        reach = request.length + state.num_in_flight
+        reach = request.length + state.num_in_flight - state.num_stale
         new = reach - len(request.prompt_token_ids)
         if state.num_computed_tokens != reach - 1:
             return False
@@ -135,12 +135,39 @@ class Scheduler:
     def _decode(self, request: Request, step: Step) -> None:
         state, rank = request.state, self.pool.ranks[request.state.rank]
         while self.pool.pages_for(state.num_computed_tokens + 1) > len(state.block_table):
-            if rank.num_free:
-                state.block_table += rank.allocate(1)
-            elif self._preempt(state.rank) is request:
+            if not self._frees_page(request):
                 return
-        step.decodes.append(Run(request, state.num_computed_tokens, 1, is_decode=True, is_sampled=True))
+            state.block_table += rank.allocate(1)
+        if state.is_redraw and not self._owns_page(request, step):
+            return
+        kind = {"is_decode": True, "is_sampled": True, "is_masked": request.needs_mask}
+        run = Run(request, state.num_computed_tokens, 1, **kind, is_redraw=state.is_redraw)
+        step.decodes.append(run)
+        state.is_redraw = False
         self._advance(request, 1, is_sampled=True)
+
+    def _frees_page(self, request: Request) -> bool:
+        """Returns whether a page is free on the request's rank, preempting others; False if the request
+        itself was preempted."""
+        while not self.pool.ranks[request.state.rank].num_free:
+            if self._preempt(request.state.rank) is request:
+                return False
+        return True
+
+    def _owns_page(self, request: Request, step: Step) -> bool:
+        """Gives the request a copy of the page that it writes next if others read that page: a token that is
+        computed again may differ in rounding. Returns False if the request was preempted for it."""
+        state, rank = request.state, self.pool.ranks[request.state.rank]
+        index = state.num_computed_tokens // self.pool.page_size
+        page = state.block_table[index]
+        if rank.num_users[page] == 1:
+            return True
+        if not self._frees_page(request):
+            return False
+        [state.block_table[index]] = rank.allocate(1)
+        step.copies.append((state.rank, page, state.block_table[index]))
+        rank.free([page])
+        return True
 
     def _preempt(self, rank: int) -> Request:
         """Preempts the running request of ``rank`` that came last: frees its pages and queues it. The request
@@ -148,7 +175,12 @@ class Scheduler:
         last = max((r for r in self.running if r.state.rank == rank), key=lambda r: r.state.arrival)
         self._leave(last)
         state = last.state
-        last.state = RequestState(state.arrival, state.times_overtaken, num_in_flight=state.num_in_flight)
+        last.state = RequestState(
+            state.arrival,
+            state.times_overtaken,
+            num_in_flight=state.num_in_flight,
+            num_stale=state.num_stale,
+        )
         after = next((i for i, r in enumerate(self.waiting) if r.state.arrival > state.arrival), None)
         self.waiting.insert(len(self.waiting) if after is None else after, last)
         self.preemptions += 1
@@ -161,7 +193,8 @@ class Scheduler:
         count = budgets[state.rank].take(end - start, self.pool.page_size)
         if count:
             is_last = start + count == end
-            step.prompts.append(Run(request, start, count, is_decode=False, is_sampled=is_last))
+            kind = {"is_decode": False, "is_sampled": is_last, "is_masked": is_last and request.needs_mask}
+            step.prompts.append(Run(request, start, count, **kind))
             self._advance(request, count, is_sampled=is_last)
 
     def _advance(self, request: Request, count: int, *, is_sampled: bool) -> None:
@@ -170,6 +203,15 @@ class Scheduler:
         self.name_pages(request)
 
     # ---- in and out ----------------------------------------------------------------------------------
+
+    def redraw(self, request: Request) -> None:
+        """Throws away a token that the request's grammar has refused, and what was drawn after it. The
+        request draws it again in the next step, from the token before it."""
+        state = request.state
+        state.num_stale = state.num_in_flight
+        if state.rank >= 0:  # otherwise it was preempted, and runs again from its tokens anyway
+            state.num_computed_tokens, state.is_redraw = request.length - 1, True
+        self.redraws += 1
 
     def name_pages(self, request: Request) -> None:
         """Names those of the request's pages whose content is known by now."""

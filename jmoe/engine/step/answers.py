@@ -26,6 +26,7 @@ def accept(request: Request, token: int) -> str | None:
         return None
     try:
         request.constraint.accept(token)
+        request.caution.accept()
     except ValueError as error:
         return str(error)
     return None

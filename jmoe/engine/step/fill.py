@@ -123,9 +123,9 @@ def fill_biases(
 
 
 def constrain(placed: PlacedRun, inputs: StepInput) -> str | None:
-    """Lets the row sample only the tokens that its grammar allows; returns why that failed, or None."""
+    """Lets a masked row sample only the tokens that its grammar allows; returns why that failed, or None."""
     constraint = placed.run.request.constraint
-    if constraint is None or not placed.run.is_sampled:
+    if constraint is None or not placed.run.is_masked:
         return None
     try:
         inputs.sampling_rows.allowed_BW[placed.sample_row] = constraint.allowed()

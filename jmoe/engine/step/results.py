@@ -13,6 +13,7 @@ from jax import Array
 from jmoe.config.model import ModelConfig
 from jmoe.engine.reports import StepReport
 from jmoe.engine.request import Request, TokenLogprob
+from jmoe.engine.schedule.plan import Run
 from jmoe.engine.step.fill import PlacedRun
 from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.sampling import Sampled
@@ -67,8 +68,9 @@ class RunningStep:
 
     @property
     def blocks_next_step(self) -> bool:
-        """Whether the host must see this step's tokens before the next step: some row has a grammar."""
-        return any(run.is_sampled and run.request.constraint is not None for run, *_ in self.placed)
+        """Whether the host must see this step's tokens before the next step: the mask of some row depends on
+        them."""
+        return any(_is_awaited(run) for run, *_ in self.placed)
 
     def fetch(self) -> FetchedStep:
         """Waits for the end of the step and brings its results to the host."""
@@ -87,6 +89,12 @@ class RunningStep:
         prompts = sum(placed.run.count for placed in self.placed if not placed.run.is_decode)
         host = self.planning_seconds + delivery_time - fetch_time
         return StepReport(prompts, decoded, fetch_time - self.start_time, host)
+
+
+def _is_awaited(run: Run) -> bool:
+    """Returns whether the run's token must be on the host before its request draws the next one."""
+    state = run.request.state
+    return run.is_sampled and run.request.needs_mask and not state.num_stale and not state.is_ended
 
 
 def count_assignments(placed: PlacedRun, changes: Changes | None, cfg: ModelConfig) -> None:

@@ -7,9 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from jmoe.engine.faults import contained
+from jmoe.engine.grammar.after_thoughts import AfterThoughts
 from jmoe.engine.grammar.check import MAX_SECONDS, CheckerUnavailable, GrammarChecker, TooCostly
-from jmoe.engine.grammar.grammar import CompiledGrammar, Grammar, GrammarCompiler, GrammarConstraint
+from jmoe.engine.grammar.grammar import CompiledGrammar, Grammar, GrammarCompiler
+from jmoe.engine.grammar.thought_tokens import ThoughtTokens
 from jmoe.engine.reports import ModelFacts
+from jmoe.engine.request import Constraint
+from jmoe.engine.text.markup import PLAIN, Markup
 from jmoe.server.errors import invalid, unavailable
 from jmoe.server.request.structured import GrammarRequest
 
@@ -18,18 +22,50 @@ MAX_KEPT_BYTES = 1024 * 1024  # characters of the kept grammars' texts
 MAX_WAITING = 32
 QUICK_SECONDS = 0.15  # processor time; a grammar that takes more waits for the other costly ones
 QUICK_THREADS = 2
+MAX_MARKUPS = 8  # whose tokens are kept
+
+
+class Markups:
+    """The tokens beside the markers of thoughts, for the markups that are in use. Several threads may use it.
+
+    facts: facts of the model, which has a tokenizer.
+    """
+
+    def __init__(self, facts: ModelFacts):
+        self.facts = facts
+        self._known: OrderedDict[tuple, ThoughtTokens] = OrderedDict()
+        self._making = threading.Lock()
+
+    def tokens(self, markup: Markup) -> ThoughtTokens:
+        """Returns the tokens of a markup with thoughts. For a large vocabulary this takes about a second the
+        first time."""
+        key = markup.thought_start, markup.thought_end, *sorted(markup.marks.items())
+        with self._making:
+            if key not in self._known:
+                assert self.facts.codec is not None
+                self._known[key] = ThoughtTokens(self.facts.codec.token_bytes, self.facts.vocab_size, markup)
+            self._known.move_to_end(key)
+            while len(self._known) > MAX_MARKUPS:
+                self._known.popitem(last=False)
+            return self._known[key]
 
 
 @dataclass(frozen=True)
 class AnswerGrammar:
-    """A compiled grammar that answers follow, and the request field that requests it."""
+    """A compiled grammar that answers follow, the request field that requests it, and known markups."""
 
     compiled: CompiledGrammar
     param: str
+    markups: Markups
 
-    def constraint(self) -> GrammarConstraint:
+    def constraint(self, markup: Markup = PLAIN) -> Constraint:
+        """Returns the constraint of one answer. If the markup has thoughts, the grammar begins after them."""
+        make = self.compiled.constraint
         try:
-            return self.compiled.constraint()
+            if not markup.thought_start or not markup.thought_end:
+                return make()
+            tokens, end_ids = self.markups.tokens(markup), self.compiled.end_ids
+            return AfterThoughts(make, tokens, end_ids, in_thought=markup.in_thought)
         except ValueError as error:
             raise invalid(f"{self.param} cannot be used: {error}", self.param) from None
 
@@ -42,7 +78,7 @@ class Grammars:
     """
 
     def __init__(self, facts: ModelFacts):
-        self.facts = facts
+        self.facts, self.markups = facts, Markups(facts)
         self.cache: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
         self.num_waiting = 0
         self._quick = ThreadPoolExecutor(QUICK_THREADS, thread_name_prefix="jmoe-grammars")
@@ -57,7 +93,7 @@ class Grammars:
         cached = self.cache.get(grammar)
         if cached is not None:
             self.cache.move_to_end(grammar)
-            return AnswerGrammar(cached, param)
+            return AnswerGrammar(cached, param, self.markups)
         if self.num_waiting >= MAX_WAITING:
             raise unavailable(f"{MAX_WAITING} grammars wait to be compiled", "grammar_queue_full")
         self.num_waiting += 1
@@ -70,7 +106,7 @@ class Grammars:
         finally:
             self.num_waiting -= 1
         self._keep(grammar, compiled)
-        return AnswerGrammar(compiled, param)
+        return AnswerGrammar(compiled, param, self.markups)
 
     def close(self) -> None:
         for executor in (self._quick, self._costly):

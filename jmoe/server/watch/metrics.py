@@ -157,6 +157,8 @@ class EngineCollector(Collector):
         lookups = "Prompt tokens looked up in cached KV pages"
         yield CounterMetricFamily("jmoe_prefix_cache_queries", lookups, s.prefix_queries)
         yield CounterMetricFamily("jmoe_prefix_cache_hits", "Those found there", s.prefix_hits)
+        redraws = "Tokens that a grammar refused and that were drawn again"
+        yield CounterMetricFamily("jmoe_grammar_redraws", redraws, s.grammar_redraws)
         try:
             stats = self.engine.moe_stats()
         except EngineDead:

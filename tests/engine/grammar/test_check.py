@@ -146,10 +146,11 @@ def test_a_panic_fails_one_answer_and_nothing_else():
         def compute_bitmask(self, *_):
             raise PanicException("index out of bounds")
 
-        consume_token = deep_copy = compute_bitmask
+        consume_token = deep_copy = validate_tokens = compute_bitmask
+        is_accepting = is_stopped = bool
 
-    constraint = GrammarConstraint(Panics(), 1)
-    for call in (constraint.allowed, lambda: constraint.accept(0)):
+    constraint = GrammarConstraint(Panics(), 1, [])
+    for call in (constraint.allowed, lambda: constraint.is_allowed(0), lambda: constraint.accept(0)):
         with pytest.raises(ValueError, match="llguidance failed: index out of bounds"):
             call()
     with pytest.raises(KeyboardInterrupt), panics_as_errors():

@@ -1,5 +1,7 @@
 """Tests the engine's scheduler and pages on the host, without jax."""
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,12 +30,24 @@ def scheduler_of(
     return Scheduler(pool, limits, sizes, page_kind=lambda r: r.params.cache_salt, rank_chooser=by)
 
 
-def deliver(scheduler: Scheduler, step: Step, token: int = 0) -> None:
-    """Does what the engine does once a step has ended, for requests that need more than it gave."""
+def deliver(
+    scheduler: Scheduler,
+    step: Step,
+    token: int = 0,
+    refused: Request | None = None,
+    behind: Sequence[Request] = (),
+) -> None:
+    """Does what the engine does once a step has ended, for requests that need more than it gave. The grammar
+    of ``refused`` refuses its token. What the step drew for ``behind`` was drawn after refused tokens."""
     for run in step.decodes + step.prompts:
         place = run.request.state
         place.num_in_flight -= run.is_sampled
-        if run.is_sampled and not place.is_ended:
+        if run.is_sampled and place.num_stale:
+            place.num_stale -= 1
+        elif run.is_sampled and not place.is_ended and run.request is refused:
+            scheduler.redraw(refused)
+        elif run.is_sampled and not place.is_ended:
+            assert run.request not in behind
             run.request.token_ids.append(token)
             if place.rank >= 0:
                 scheduler.name_pages(run.request)
@@ -43,9 +57,10 @@ def deliver(scheduler: Scheduler, step: Step, token: int = 0) -> None:
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests come, run, are preempted, finish and are aborted in any order, with prompts that begin alike.
+    Some of their tokens are refused and drawn again.
 
     No page is lost, none is used by two requests unless it holds the same for both, and every request
-    computes each token once, or once more after a preemption.
+    computes each token once, or once more after a preemption or a refused token.
     """
 
     RANKS, PAGES, SIZE = 2, 6, 4
@@ -57,6 +72,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.order: list[Request] = []
         self.started: Step | None = None  # the step that runs and is not delivered yet
         self.held: dict[tuple[int, int], tuple] = {}  # (rank, page) -> tokens that were written
+        self.refused: Request | None = None  # the request whose token of the started step will be refused
+        self.behind: list[Request] = []  # the requests for which the started step follows a refused token
 
     @rule(prompt=st.integers(1, 12), new=st.one_of(st.none(), st.integers(1, 8)), kind=st.integers(0, 2))
     def add(self, prompt, new, kind):
@@ -69,16 +86,22 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.add([made])
             self.order.append(made)
 
-    @rule()
-    def step(self):
+    @rule(refused=st.one_of(st.none(), st.integers(0, 3)))
+    def step(self, refused: int | None = None):
         """Starts the next step before the one before it is delivered."""
+        started = [] if self.started is None else self.started.decodes + self.started.prompts
+        drawn = [run.request for run in started if run.is_sampled and not run.is_redraw]
+        can = [request for request in drawn if not request.state.num_stale]
+        self.refused = None if refused is None or refused >= len(can) else can[refused]
         step = self.scheduler.next_step()
         if step is not None:
             self._compute(step)
         elif self.started is None:
             assert not self.scheduler.running and not self.scheduler.waiting
         if self.started is not None:
-            deliver(self.scheduler, self.started)
+            deliver(self.scheduler, self.started, refused=self.refused, behind=self.behind)
+        runs = [] if step is None or self.refused is None else step.decodes
+        self.behind = [run.request for run in runs if run.request is self.refused]
         self.started = step
 
     def _compute(self, step: Step) -> None:
@@ -99,7 +122,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                     self._read(run)
 
     def _write(self, run: Run) -> None:
-        place, tokens = run.request.state, [*run.request.tokens, 0]
+        place, tokens = run.request.state, self._tokens(run)
         assert run.is_decode or run.start % self.SIZE == 0
         for at in range(run.start, run.start + run.count):
             page = place.rank, place.block_table[at // self.SIZE]
@@ -109,10 +132,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.held[page] = (*before, tokens[at])
 
     def _read(self, run: Run) -> None:
-        place, tokens = run.request.state, [*run.request.tokens, 0]
+        place, tokens = run.request.state, self._tokens(run)
         for index in range((run.start + run.count) // self.SIZE):
             want = tuple(tokens[index * self.SIZE : (index + 1) * self.SIZE])
             assert self.held[place.rank, place.block_table[index]] == want
+
+    def _tokens(self, run: Run) -> list[int]:
+        """Returns the request's tokens, and the one that only the device knows."""
+        return [*run.request.tokens, 99 if run.request is self.refused else 0]
 
     @rule(data=st.data())
     def abort(self, data):
@@ -331,3 +358,25 @@ def test_prefill_runs_cover_the_prompt_with_little_padding(left: int):
         real += min(size, left)
         left -= size
     assert padded <= max(2 * real, 64)
+
+
+def test_a_request_may_give_way_while_a_token_after_a_refused_one_is_in_flight():
+    """The younger request's token is refused in one step after the other, until it is just then preempted."""
+    num_met = 0
+    for at in range(12):
+        scheduler, younger = scheduler_of(PagePool(1, 4, 4)), request("1", 3, 9, token=1)
+        scheduler.add([request("0", 3, 9), younger])
+        started, behind = None, []
+        for number in range(60):
+            drawn = [] if started is None else started.decodes + started.prompts
+            is_drawn = any(run.request is younger and run.is_sampled for run in drawn)
+            refused = younger if number == at and is_drawn and not behind else None
+            step = scheduler.next_step()
+            num_met += bool(behind) and younger.state.rank < 0
+            if started is not None:
+                deliver(scheduler, started, refused=refused, behind=behind)
+            runs = [] if step is None or refused is None else step.decodes
+            behind = [run.request for run in runs if run.request is refused]
+            started = step
+        assert len(younger.token_ids) == 9 and scheduler.pool.usage == 0
+    assert num_met > 0

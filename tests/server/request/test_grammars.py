@@ -8,7 +8,11 @@ import pytest
 from support.server.answers import VALUE, check
 from support.server.fake_engine import ByteCodec, FakeEngine, eventually, served
 
+from jmoe.engine.grammar.after_thoughts import AfterThoughts
 from jmoe.engine.grammar.check import MAX_SECONDS, TooCostly
+from jmoe.engine.grammar.grammar import Grammar
+from jmoe.engine.text.markup import Markup
+from jmoe.server.request.structured import GrammarRequest
 
 TEXT = "/v1/completions"
 
@@ -76,3 +80,18 @@ def test_without_descriptors_a_grammar_is_a_503(client, monkeypatch):
     response = client.post(TEXT, json={"prompt": "a", "structured_outputs": {"regex": "unheard"}})
     assert "Too many open files" in check(response, 503, None, "grammars_unavailable")
     assert response.headers["retry-after"] == "1"
+
+
+def test_a_grammar_begins_after_thoughts_if_the_prompt_has_opened_them(client):
+    request = GrammarRequest(Grammar("regex", "yes|no"), "structured_outputs")
+    grammar = client.portal.call(client.service.grammars.compile, request)
+    inside = grammar.constraint(Markup({}, "<t>", "</t>", in_thought=True))
+    assert isinstance(inside, AfterThoughts) and inside.is_open
+    for byte in b"no</t>\n":
+        assert inside.is_allowed(byte)
+        inside.accept(byte)
+    assert not inside.is_open and inside.is_allowed(ord("y")) and not inside.is_allowed(ord("x"))
+    other = grammar.constraint(Markup({}, "<t>", "</t>"))
+    assert isinstance(other, AfterThoughts) and other.tokens is inside.tokens
+    plain = grammar.constraint()
+    assert not plain.is_open and plain.is_allowed(ord("y")) and not plain.is_allowed(ord("<"))

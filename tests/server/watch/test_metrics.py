@@ -12,7 +12,8 @@ from jmoe.engine.reports import EngineSnapshot, StepReport
 
 NAMES = {
     "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions",
-    "prefix_cache_queries", "prefix_cache_hits", "prompt_tokens", "generation_tokens", "request_success",
+    "prefix_cache_queries", "prefix_cache_hits", "grammar_redraws", "prompt_tokens", "generation_tokens",
+    "request_success",
     "admission_rejections", "http_requests", "time_to_first_token_seconds", "inter_token_latency_seconds",
     "request_time_per_output_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds",
     "request_prefill_time_seconds", "request_decode_time_seconds", "request_prompt_tokens",
@@ -74,10 +75,10 @@ def test_steps_are_counted(client):
 
 
 def test_what_the_snapshot_tells(client):
-    client.service.engine.snapshot = lambda: EngineSnapshot(1, 2, 0.5, True, 3, 4, 50, 6)
+    client.service.engine.snapshot = lambda: EngineSnapshot(1, 2, 0.5, True, 3, 4, 50, 6, 7)
     names = ("compilations_after_warmup_total", "num_preemptions_total", "prefix_cache_queries_total",
-             "prefix_cache_hits_total")  # fmt: skip
-    assert [value(client, f"jmoe_{name}") for name in names] == [3, 4, 50, 6]
+             "prefix_cache_hits_total", "grammar_redraws_total")  # fmt: skip
+    assert [value(client, f"jmoe_{name}") for name in names] == [3, 4, 50, 6, 7]
 
 
 def test_answers_are_counted_by_pattern_and_never_by_path(client):
