@@ -25,6 +25,7 @@ from jmoe.server.request.decoding import decode
 from jmoe.server.request.grammars import Grammars
 from jmoe.server.request.prepared import PreparedRequest
 from jmoe.server.settings import ServerSettings
+from jmoe.server.request.chat_model import chat_model
 from jmoe.server.template.chat_template import load_chat_template, load_turn_ends
 from jmoe.server.watch.answered import Answered, Observer, log_answer
 from jmoe.server.watch.metrics import Metrics
@@ -50,7 +51,8 @@ class Service:
     def __init__(self, engine: EngineProtocol, settings: ServerSettings, directory: Path | None, model: str):
         self.engine, self.facts, self.settings = engine, engine.facts, settings
         self.model = settings.served_model_name or model
-        self.template = None if directory is None else load_chat_template(directory)
+        template = None if directory is None else load_chat_template(directory, settings.chat_template)
+        self.chat = chat_model(template, self.facts, settings.tool_format)
         self.turn_ends = () if directory is None or self.facts.codec is None else load_turn_ends(directory)
         self.metrics = Metrics(engine)
         engine.add_listener(self.metrics)

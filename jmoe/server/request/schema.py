@@ -266,7 +266,7 @@ class Message(WithSource, kw_only=True):
 
 class Function(Strict, kw_only=True):
     """parameters: JSON schema of an object; null if the function has no arguments.
-    strict: accepted; the schema is always followed exactly.
+    strict: whether a schema that cannot be followed exactly is refused.
     """
 
     name: Name
@@ -284,14 +284,41 @@ class FunctionName(Strict, kw_only=True):
     name: str
 
 
-class NamedTool(Strict, kw_only=True):
-    type: Literal["function"]
+class NamedTool(Strict, tag_field="type", tag="function"):
     function: FunctionName
 
 
+class AllowedToolsChoice(Strict, kw_only=True):
+    """mode: whether the answer may, or must, call one of the tools.
+    tools: the tools that it may call; the model sees the others too.
+    """
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Meta(min_length=1, max_length=128)]
+
+
+class AllowedTools(Strict, tag_field="type", tag="allowed_tools"):
+    allowed_tools: AllowedToolsChoice
+
+
+class ThinkingSwitch(Strict, kw_only=True):
+    """type: whether the model thinks; "adaptive" leaves it to the model.
+    budget_tokens: accepted, without effect.
+    """
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Count | None = None
+    display: str | None = None
+    clear_thinking: bool | None = None
+
+
 class ChatRequest(GenerationRequest, kw_only=True):
-    """parallel_tool_calls: accepted; an answer has at most one call.
+    """parallel_tool_calls: whether the answer may have several calls.
     chat_template_kwargs: variables for the model's chat template.
+    reasoning_effort: how much the model thinks, if its template can tell it.
+    enable_thinking, thinking: whether the model thinks, if its template can tell it.
+    add_generation_prompt: whether the beginning of an assistant's message follows the last message.
+    continue_final_message: whether the answer continues the text of the last message.
     """
 
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
@@ -300,11 +327,16 @@ class ChatRequest(GenerationRequest, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Alternatives | None = None
     tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: (
         Annotated[dict[str, str | int | float | bool | None], Meta(max_length=16)] | None
     ) = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    enable_thinking: bool | None = None
+    thinking: bool | ThinkingSwitch | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     # Neutral values only: OpenAI's fields, then vLLM's, SGLang's and llama-server's.
     functions: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only("none", "auto")] = None
@@ -312,12 +344,9 @@ class ChatRequest(GenerationRequest, kw_only=True):
     audio: Absent = None
     prediction: Absent = None
     moderation: Absent = None
-    reasoning_effort: Annotated[Any, only("none", "medium")] = None
     verbosity: Annotated[Any, only("medium")] = None
     web_search_options: Absent = None
     echo: Off = None
-    add_generation_prompt: On = None
-    continue_final_message: Off = None
     documents: Annotated[Any, only([])] = None
     include_reasoning: On = None
     media_io_kwargs: Annotated[Any, only({})] = None

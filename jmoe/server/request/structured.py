@@ -32,26 +32,28 @@ def requested_grammar(body: GenerationRequest, tools: ToolUse | None = None) -> 
 
     tools: how the answer uses tools.
     """
-    makers: dict[str, Callable[[], Grammar]] = {}
+    makers: dict[str, Callable[[], Grammar | None]] = {}
     form, outputs = body.response_format, body.structured_outputs
     if isinstance(form, JsonObjectFormat | JsonSchemaFormat):
         makers["response_format"] = partial(_format_grammar, form)
     if outputs is not None:
         makers["structured_outputs"] = partial(_outputs_grammar, outputs)
-    if tools is not None and tools.grammar_maker is not None:
+    if tools is not None:
         makers["tools"] = tools.grammar_maker
     if not makers:
         return None
     param, *others = makers
     if others:
         raise invalid(f"{param} and {others[0]} both say what the answer must be; give one", others[0])
+    is_open = tools is not None and tools.choice == "auto"
     for field in ("ignore_eos", "min_tokens"):
-        if getattr(body, field):
+        if getattr(body, field) and not is_open:
             raise invalid(f"{field} contradicts {param}, which says where the answer ends", field)
     try:
-        return GrammarRequest(makers[param](), param)
+        grammar = makers[param]()
     except ValueError as error:
         raise invalid(f"{param} cannot be used: {error}", param) from None
+    return None if grammar is None else GrammarRequest(grammar, param)
 
 
 def _format_grammar(form: JsonObjectFormat | JsonSchemaFormat) -> Grammar:

@@ -134,15 +134,19 @@ class ChatTemplate:
         return "".join(parts)
 
 
-def load_chat_template(directory: Path) -> ChatTemplate | None:
+def load_chat_template(directory: Path, file: str | None = None) -> ChatTemplate | None:
     """Returns the template of a Hugging Face model directory; None if it has none. A bad file raises
     ValueError.
+
+    file: file of the template, instead of those of the directory.
 
     Separate template files take precedence over ``tokenizer_config.json``, as in transformers;
     ``chat_template.json``, which processors have, is read last.
     """
     try:
         files = read_config(directory)
+        if file is not None:
+            return ChatTemplate(_source(Path(file)), files.names())
         sources = _from_files(directory) or _named_sources(files.values.get("chat_template"))
         if not sources and (directory / "chat_template.json").is_file():
             sources = _named_sources(json_object(directory / "chat_template.json").get("chat_template"))
@@ -153,7 +157,7 @@ def load_chat_template(directory: Path) -> ChatTemplate | None:
             default = "{{ raise_exception('this model has no default chat template') }}"
         return ChatTemplate(default, files.names(), tool_use=sources.get(TOOL_USE))
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the chat template in {directory}: {error}") from None
+        raise ValueError(f"cannot read the chat template in {file or directory}: {error}") from None
 
 
 def load_turn_ends(directory: Path) -> tuple[str, ...]:
@@ -178,10 +182,13 @@ def _from_files(directory: Path) -> dict[str, str]:
     paths = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     if (directory / "chat_template.jinja").is_file():
         paths[DEFAULT] = directory / "chat_template.jinja"
-    for path in paths.values():
-        if path.stat().st_size > MAX_SOURCE:
-            raise ValueError(f"{path.name} has more than {MAX_SOURCE} bytes")
-    return {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+    return {name: _source(path) for name, path in paths.items()}
+
+
+def _source(path: Path) -> str:
+    if path.stat().st_size > MAX_SOURCE:
+        raise ValueError(f"{path.name} has more than {MAX_SOURCE} bytes")
+    return path.read_text(encoding="utf-8")
 
 
 def _named_sources(template: Any) -> dict[str, str]:

@@ -31,6 +31,11 @@ class Thinking:
     switch: str | None = None
     has_effort: bool = False
 
+    def __str__(self) -> str:
+        around = f"between {self.start!r} and {self.end!r}" if self.start else "none in the template"
+        names = [name for name in (self.switch, EFFORT if self.has_effort else None) if name]
+        return around + (f", set by {' and '.join(names)}" if names else "")
+
     def variables(self, is_on: bool | None, effort: str | None) -> dict[str, Any]:
         """Returns the variables of the template that request thoughts, as far as it has such variables.
 
@@ -45,14 +50,17 @@ class Thinking:
             made[EFFORT] = LEVELS[effort]
         return made
 
-    def is_inside(self, prompt: str) -> bool:
-        """Returns whether an answer to ``prompt`` begins inside of thoughts: its last text around thoughts,
-        with nothing but white space behind it, opens them."""
-        return bool(self.start) and prompt.rstrip().endswith(self.start)
+    def is_inside(self, prompt: str, begun: str = "") -> bool:
+        """Returns whether an answer to ``prompt`` begins inside of thoughts: the prompt's last text, white
+        space aside, opens them.
 
-    def is_left_inside(self, text: str) -> bool:
-        """Returns whether ``text``, the beginning of an answer, opens thoughts that it does not close."""
-        return bool(self.start) and text.rfind(self.start) > text.rfind(self.end)
+        begun: beginning of the answer, at the prompt's end, which may open or close thoughts itself.
+        """
+        if not self.start:
+            return False
+        if self.start in begun or self.end in begun:
+            return begun.rfind(self.start) > begun.rfind(self.end)
+        return prompt.rstrip().removesuffix(begun.strip()).rstrip().endswith(self.start)
 
 
 def find_thinking(probe: Probe, source: str) -> Thinking:

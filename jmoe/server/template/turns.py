@@ -5,7 +5,7 @@ are not in the prompt.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jmoe.server.template.probe import (
     ANSWER,
@@ -37,7 +37,7 @@ class Turns:
     later_system: whether a system message may stand after others.
     users: whether two messages of the user may follow each other.
     calls: whether one turn may have several calls.
-    thoughts_beside_text: whether a turn with a call may have both thoughts and text.
+    thoughts_beside_text: whether a turn with a call may have text beside its thoughts.
     ids: form of the ids of calls.
     """
 
@@ -64,7 +64,7 @@ def find_turns(probe: Probe, *, is_text: bool) -> Turns:
         later_system=_has(probe, [first, QUESTION, ANSWER, second, QUESTION], WORD, OTHER),
         users=_has(probe, [{"role": "user", "content": word} for word in (WORD, OTHER)], WORD, OTHER),
         calls=_has(probe, [QUESTION, turn(*both), *map(result, both)], WORD, OTHER),
-        thoughts_beside_text=_has(probe, [QUESTION, said, result(both[0])], OTHER, WORD),
+        thoughts_beside_text=not (_fails(probe, said) and not _fails(probe, said | {"content": ""})),
         ids=_ids(probe, is_text),
     )
 
@@ -74,6 +74,11 @@ def _has(probe: Probe, messages: Messages, *words: str) -> bool:
     has_calls = any("tool_calls" in message for message in messages)
     text = probe(messages, tools=[TOOL] if has_calls else None)
     return text is not None and all(word in text for word in words)
+
+
+def _fails(probe: Probe, said: dict[str, Any]) -> bool:
+    """Returns whether the template refuses a turn with one call or more."""
+    return probe([QUESTION, said, *map(result, said["tool_calls"])], tools=[TOOL]) is None
 
 
 def _ids(probe: Probe, is_text: bool) -> Ids:

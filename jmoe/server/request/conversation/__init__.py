@@ -1,0 +1,6 @@
+"""Messages on their way to the chat template.
+
+``results`` puts the results of calls behind their calls; ``messages`` gives each message the form that the
+template takes, and ``turns`` all of them an order that it takes. ``literals`` keeps control tokens that a
+message spells plain text, and ``final_message`` lets an answer go on where the last message ends.
+"""
