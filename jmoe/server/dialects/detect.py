@@ -26,7 +26,8 @@ MARKERS = {
     "<|tool_call|>": "granite", "<tool_call>": "hermes", '"parameters": dictionary': "llama_json",
 }  # fmt: skip
 HARMONY = re.compile(
-    r"<\|start\|>assistant(?:<\|channel\|>commentary)? to=functions\.([^\s<]+)[^{]*?<\|message\|>(.*?)<\|call\|>", re.S
+    r"<\|start\|>assistant(?:<\|channel\|>commentary)? to=functions\.([^\s<]+)[^{]*?<\|message\|>(.*?)<\|call\|>",
+    re.S,
 )
 QUESTION = "jmoe_question"
 NAME, OTHER = "jmoe_look", "jmoe_stop"
@@ -54,7 +55,10 @@ class SampleFunction:
         return {"type": "function", "function": function}
 
 
-TYPES = {"place": {"type": "string", "description": "A place."}, "days": {"type": "integer", "description": "Days."}}
+TYPES = {
+    "place": {"type": "string", "description": "A place."},
+    "days": {"type": "integer", "description": "Days."},
+}
 FUNCTIONS = (
     SampleFunction(NAME, {"type": "object", "properties": TYPES, "required": ["place"]}),
     SampleFunction(OTHER, {"type": "object", "properties": {}}),
@@ -85,7 +89,10 @@ def detect(render: Sample, source: str, declared: Format | None = None) -> Detec
                 return Detected(form, "the template writes a sample call in it")
     marker = next((marker for marker in MARKERS if marker in source), None)
     if marker is not None:
-        return Detected(FORMATS[MARKERS[marker]], f"the template's text has {marker!r}, though it writes no sample call so")
+        return Detected(
+            FORMATS[MARKERS[marker]],
+            f"the template's text has {marker!r}, though it writes no sample call so",
+        )
     return Detected(None, "the template writes no calls in a known format")
 
 
@@ -99,7 +106,12 @@ def _samples(render: Sample, calls: Sequence[tuple[str, dict[str, Any]]]) -> Ite
                 for id, (name, given) in zip(ids, calls, strict=False)
             ]  # fmt: skip
             results = [
-                {"role": "tool", "tool_call_id": call["id"], "name": call["function"]["name"], "content": "a result"}
+                {
+                    "role": "tool",
+                    "tool_call_id": call["id"],
+                    "name": call["function"]["name"],
+                    "content": "a result",
+                }
                 for call in made
             ]
             turn = {"role": "assistant", "content": "", "tool_calls": made}

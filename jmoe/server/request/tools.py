@@ -1,14 +1,14 @@
 """The use of a request's tools in its answer: the functions that it may call, and the calls' dialect."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from jmoe.engine.grammar.grammar import Grammar
 from jmoe.server.dialects.dialect import Dialect
 from jmoe.server.dialects.events import Choice, Reader
-from jmoe.server.dialects.json_call import JSON_CALL
+from jmoe.server.dialects.json_call import JsonCall
 from jmoe.server.errors import invalid, unsupported
 from jmoe.server.request.schema import AllowedTools, ChatRequest, Function, Message, NamedTool
 
@@ -20,11 +20,13 @@ class ToolSupport:
     dialect: dialect of the model's own calls; None if it has none.
     why: reason for that, in words.
     has_definitions: whether the prompt shows the tools to the model.
+    forced: dialect of calls that a grammar forces on any model.
     """
 
     dialect: Dialect | None
     why: str
     has_definitions: bool
+    forced: Dialect = field(default_factory=JsonCall)
 
     @property
     def refusal(self) -> str | None:
@@ -113,7 +115,10 @@ def _choice(body: ChatRequest, names: list[str]) -> tuple[Choice, list[str]]:
         case NamedTool():
             kind, called = "named", [choice.function.name]
         case AllowedTools():
-            kind, called = choice.allowed_tools.mode, [tool.function.name for tool in choice.allowed_tools.tools]
+            kind, called = (
+                choice.allowed_tools.mode,
+                [tool.function.name for tool in choice.allowed_tools.tools],
+            )
         case _:
             return ("required" if choice == "required" else "auto"), names
     unknown = next((name for name in called if name not in names), None)
@@ -124,12 +129,10 @@ def _choice(body: ChatRequest, names: list[str]) -> tuple[Choice, list[str]]:
 
 def _dialect(kind: Choice, support: ToolSupport) -> Dialect:
     """Returns the dialect of the answer's calls. JSON can be forced on a model of any kind."""
-    if support.dialect is not None and support.has_definitions:
+    refusal = support.refusal
+    if support.dialect is not None and refusal is None:
         return support.dialect
     if kind == "auto":
-        raise unsupported(
-            "tool_choice",
-            f"tool_choice 'auto' (the default with tools) is not possible with this model: {support.refusal}. "
-            "Give 'required', a named function or 'none'",
-        )
-    return JSON_CALL
+        message = f"tool_choice 'auto' (the default with tools) is not possible with this model: {refusal}. "
+        raise unsupported("tool_choice", f"{message}Give 'required', a named function or 'none'")
+    return support.forced

@@ -75,7 +75,9 @@ def call(
 
     as_text: whether arguments that are an object become JSON text.
     """
-    given = json.dumps(arguments, ensure_ascii=False) if as_text and not isinstance(arguments, str) else arguments
+    given = (
+        json.dumps(arguments, ensure_ascii=False) if as_text and not isinstance(arguments, str) else arguments
+    )
     return {"id": id, "type": "function", "function": {"name": name, "arguments": given}}
 
 

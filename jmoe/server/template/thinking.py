@@ -14,7 +14,15 @@ SWITCHES = ("enable_thinking", "thinking")
 EFFORT = "reasoning_effort"
 EFFORTS = ("low", "high")
 # The words of OpenAI's and other APIs, as the three that templates know.
-LEVELS = {"none": "low", "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
+LEVELS = {
+    "none": "low",
+    "minimal": "low",
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "xhigh": "high",
+    "max": "high",
+}
 
 
 @dataclass(frozen=True)

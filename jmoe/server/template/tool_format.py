@@ -10,7 +10,9 @@ from jmoe.server.template.chat_template import ChatTemplate
 from jmoe.server.template.probe import TOOL
 
 
-def tool_format(template: ChatTemplate | None, setting: str = AUTO, declared: Format | None = None) -> Detected:
+def tool_format(
+    template: ChatTemplate | None, setting: str = AUTO, declared: Format | None = None
+) -> Detected:
     """Returns the format of calls. Raises ValueError for a setting that is neither a format's name nor a file
     of one.
 

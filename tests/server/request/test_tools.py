@@ -4,6 +4,7 @@ import json
 
 import msgspec
 import pytest
+from jmoe.server.request.dialects import DIALECTS, Arguments, CallEnd, CallStart, Dialect, PlainText
 
 from jmoe.engine.request import Output
 from jmoe.server.answer.calls import ToolFormat
@@ -11,7 +12,6 @@ from jmoe.server.answer.formats import ChoiceFields
 from jmoe.server.errors import ApiError
 from jmoe.server.request.checks import check_chat
 from jmoe.server.request.decoding import decode
-from jmoe.server.request.dialects import DIALECTS, Arguments, CallEnd, CallStart, Dialect, PlainText
 from jmoe.server.request.schema import ChatRequest, Function
 
 TOOLS = [{"type": "function", "function": {"name": name, "strict": None}} for name in ("look", "stop")]

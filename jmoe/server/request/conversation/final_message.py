@@ -17,7 +17,9 @@ def check_final_message(body: ChatRequest) -> None:
         raise invalid(f"{FIELD} and add_generation_prompt exclude each other", FIELD)
     last = body.messages[-1]
     if last.role != "assistant":
-        raise invalid(f"{FIELD} needs a last message of the assistant, it is of the role {last.role!r}", FIELD)
+        raise invalid(
+            f"{FIELD} needs a last message of the assistant, it is of the role {last.role!r}", FIELD
+        )
     if last.tool_calls:
         raise invalid(f"{FIELD} cannot continue a message with tool_calls", FIELD)
 
@@ -43,4 +45,3 @@ def cut(rendered: str, text: str) -> str:
     if not found or not before.endswith((text, text.lstrip())):
         raise ValueError(REWRITES)
     return before if behind.startswith(TAG[1:]) else before.rstrip()
-

@@ -26,7 +26,9 @@ def in_order(messages: Sequence[Message]) -> list[int]:
         at += 1
         if not message.tool_calls:
             continue
-        end = next((i for i in range(at, len(messages)) if messages[i].role not in ("tool", *BETWEEN)), len(messages))
+        end = next(
+            (i for i in range(at, len(messages)) if messages[i].role not in ("tool", *BETWEEN)), len(messages)
+        )
         order += _turn(messages, at - 1, range(at, end))
         at = end
     return order
@@ -41,7 +43,10 @@ def _turn(messages: Sequence[Message], turn: int, following: range) -> list[int]
     ids = [call.id for call in messages[turn].tool_calls or ()]
     twice = next((id for i, id in enumerate(ids) if id in ids[:i]), None)
     if twice is not None:
-        raise invalid(f"messages[{turn}].tool_calls: two calls have the id {twice[:64]!r}", f"messages[{turn}].tool_calls")
+        raise invalid(
+            f"messages[{turn}].tool_calls: two calls have the id {twice[:64]!r}",
+            f"messages[{turn}].tool_calls",
+        )
     found: dict[str, int] = {}
     for i in following:
         id = messages[i].tool_call_id
@@ -50,14 +55,23 @@ def _turn(messages: Sequence[Message], turn: int, following: range) -> list[int]
         if id not in ids:
             raise _unknown(i, messages[i])
         if id in found:
-            raise invalid(f"messages[{i}]: the call {id[:64]!r} already has the result messages[{found[id]}]", f"messages[{i}].tool_call_id")
+            raise invalid(
+                f"messages[{i}]: the call {id[:64]!r} already has the result messages[{found[id]}]",
+                f"messages[{i}].tool_call_id",
+            )
         found[id] = i
     missing = next((id for id in ids if id not in found), None)
     if found and missing is not None:
-        raise invalid(f"messages[{turn}].tool_calls: the call {missing[:64]!r} has no result, though another call of the turn has one", "messages")
+        raise invalid(
+            f"messages[{turn}].tool_calls: the call {missing[:64]!r} has no result, though another call of the turn has one",
+            "messages",
+        )
     return [*(found[id] for id in ids if id in found), *(i for i in following if messages[i].role in BETWEEN)]
 
 
 def _unknown(i: int, message: Message) -> Exception:
     id = (message.tool_call_id or "")[:64]
-    return invalid(f"messages[{i}].tool_call_id {id!r} is the id of no call in the turn before it", f"messages[{i}].tool_call_id")
+    return invalid(
+        f"messages[{i}].tool_call_id {id!r} is the id of no call in the turn before it",
+        f"messages[{i}].tool_call_id",
+    )
