@@ -21,11 +21,11 @@ from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import ApiError, draining, engine_dead
 from jmoe.server.request.body import BodyBytes, read_body
 from jmoe.server.request.bounds import LIGHT
+from jmoe.server.request.chat_model import chat_model
 from jmoe.server.request.decoding import decode
 from jmoe.server.request.grammars import Grammars
 from jmoe.server.request.prepared import PreparedRequest
 from jmoe.server.settings import ServerSettings
-from jmoe.server.request.chat_model import chat_model
 from jmoe.server.template.chat_template import load_chat_template, load_turn_ends
 from jmoe.server.watch.answered import Answered, Observer, log_answer
 from jmoe.server.watch.metrics import Metrics

@@ -22,7 +22,7 @@ from jmoe.server.answer.replies import (
     FunctionPiece,
     Head,
 )
-from jmoe.server.request.dialects import Arguments, CallEnd, CallStart, Event, PlainText
+from jmoe.server.dialects.events import Arguments, CallEnd, CallStart, Event, PlainText
 from jmoe.server.request.tools import ToolUse
 
 ALPHABET = string.ascii_letters + string.digits

@@ -4,7 +4,7 @@ Both the reader (``reader``) and the grammar (``grammar``) of an answer follow i
 """
 
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 # What the ids of calls look like: any text; exactly nine letters and digits; "functions.NAME:N".
@@ -53,6 +53,23 @@ class Format:
     is_at_start: bool = False
     ids: Ids = "any"
 
+    def __post_init__(self) -> None:
+        tags = self.arguments
+        if not (self.begin + self.opens).strip():
+            raise ValueError("begin and opens are empty: nothing would begin a call")
+        if not self.opens and not self.is_at_start:
+            raise ValueError("opens is empty, which only calls at the start of an answer allow")
+        if not self.named.strip() and not isinstance(tags, Tagged):
+            raise ValueError("named is empty: nothing would end a function's name")
+        if isinstance(tags, Tagged) and not (
+            tags.key.strip() and tags.value.strip() and tags.end.strip() and self.closes.strip()
+        ):
+            raise ValueError("arguments between tags need key, value, end and closes")
+        if tags == "pythonic" and not self.closes.startswith(")"):
+            raise ValueError("closes must begin with ')', which ends arguments of Python")
+        if self.is_list and not self.begin and not self.between.strip():
+            raise ValueError("between is empty: nothing would part two calls")
+
     @property
     def is_list(self) -> bool:
         """Whether calls follow each other directly, without text between them."""
@@ -78,6 +95,3 @@ class Format:
         tagged = texts[len(names) :]
         arguments = Tagged(*tagged) if tagged else self.arguments
         return replace(self, **dict(zip(names, texts, strict=False)), arguments=arguments)
-
-
-FIELDS = tuple(field.name for field in fields(Format))

@@ -3,11 +3,11 @@
 import re
 from collections.abc import Sequence
 
-from jmoe.server.dialects.arguments import TaggedArguments, read_json, read_pythonic
-from jmoe.server.dialects.declared import argument_types
 from jmoe.server.dialects.events import Arguments, CallEnd, CallStart, Event, Function, PlainText
 from jmoe.server.dialects.format import Format, Tagged
-from jmoe.server.dialects.scanner import Marker, Scanner, Waiting
+from jmoe.server.dialects.reading.arguments import TaggedArguments, read_json, read_pythonic
+from jmoe.server.dialects.reading.declared import argument_types
+from jmoe.server.dialects.reading.scanner import Marker, Scanner, Waiting
 
 MARKS = re.compile("[\ue000-\uf8ff]")
 NUMBERED = re.compile(r"(.*):([0-9]+)", re.S)

@@ -20,10 +20,15 @@ ANY_OBJECT = {"type": "object"}
 
 @dataclass(frozen=True)
 class GrammarRequest:
-    """A grammar and the request field that requests it."""
+    """A grammar and the request field that requests it.
+
+    mend: makes another grammar if this one cannot be compiled, from a function that raises ValueError for a
+        grammar that cannot; None if there is no other.
+    """
 
     grammar: Grammar
     param: str
+    mend: Callable[[Callable[[Grammar], None]], Grammar] | None = None
 
 
 def requested_grammar(body: GenerationRequest, tools: ToolUse | None = None) -> GrammarRequest | None:
@@ -39,7 +44,7 @@ def requested_grammar(body: GenerationRequest, tools: ToolUse | None = None) -> 
     if outputs is not None:
         makers["structured_outputs"] = partial(_outputs_grammar, outputs)
     if tools is not None:
-        makers["tools"] = tools.grammar_maker
+        makers["tools"] = tools.grammar
     if not makers:
         return None
     param, *others = makers
@@ -53,7 +58,8 @@ def requested_grammar(body: GenerationRequest, tools: ToolUse | None = None) -> 
         grammar = makers[param]()
     except ValueError as error:
         raise invalid(f"{param} cannot be used: {error}", param) from None
-    return None if grammar is None else GrammarRequest(grammar, param)
+    mend = tools.mended if tools is not None and param == "tools" else None
+    return None if grammar is None else GrammarRequest(grammar, param, mend)
 
 
 def _format_grammar(form: JsonObjectFormat | JsonSchemaFormat) -> Grammar:

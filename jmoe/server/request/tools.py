@@ -1,8 +1,7 @@
 """The use of a request's tools in its answer: the functions that it may call, and the calls' dialect."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from jmoe.engine.grammar.grammar import Grammar
@@ -55,11 +54,25 @@ class ToolUse:
     is_parallel: bool = True
     num_calls: int = 0
 
-    @property
-    def grammar_maker(self) -> Callable[[], Grammar | None]:
-        """The function that makes the grammar of the answer; its result is None if the answer is free
-        text."""
-        return partial(self.dialect.grammar, self.functions, self.choice, parallel=self.is_parallel)
+    def grammar(self, open_names: Collection[str] = ()) -> Grammar | None:
+        """Returns the grammar of the answer; None if it is free text.
+
+        open_names: functions whose arguments are any object, unless they are strict.
+        """
+        return self.dialect.grammar(
+            self.functions, self.choice, parallel=self.is_parallel, open_names=open_names
+        )
+
+    def mended(self, check: Callable[[Grammar], None]) -> Grammar:
+        """Returns a grammar that ``check`` accepts after it has refused that of the tools as they are
+        (``Followed.mended``)."""
+
+        def make(open_names: Collection[str]) -> Grammar:
+            made = self.grammar(open_names)
+            assert made is not None
+            return made
+
+        return self.dialect.followed.mended(make, self.functions, check)
 
     def reader(self) -> Reader:
         """Returns a reader of one answer."""

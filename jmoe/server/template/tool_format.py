@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from jmoe.server.dialects.detect import AUTO, NONE, Detected, detect
-from jmoe.server.dialects.files import read_format
+from jmoe.server.dialects.files import format_file
 from jmoe.server.dialects.format import Format
 from jmoe.server.dialects.formats import FORMATS
 from jmoe.server.template.chat_template import ChatTemplate
@@ -34,6 +34,6 @@ def _named(setting: str) -> Format:
     if setting in FORMATS:
         return FORMATS[setting]
     if setting.endswith(".toml"):
-        return read_format(Path(setting))
+        return format_file(Path(setting))
     names = ", ".join((AUTO, NONE, *FORMATS))
     raise ValueError(f"tool_format must be a .toml file or one of {names}, got {setting[:100]!r}")

@@ -13,7 +13,8 @@ Waiting = Generator[None, None, T]
 Give = Callable[[str], None]
 
 SPACES = " \t\r\n"
-MAX_SPACES = 64  # of white space inside a marker
+MAX_SPACES = 16  # of white space at one place in a marker
+GAP = rf"[ \t\r\n]{{0,{MAX_SPACES}}}"
 PART = re.compile(r"[\[\]{},:\ue000-\uf8ff]|[^\s\[\]{},:\ue000-\uf8ff]+")
 
 
@@ -26,6 +27,11 @@ class Marker:
     def __init__(self, text: str, *, is_exact: bool = False):
         self.text = text
         self.parts = [text.rstrip()] if is_exact else PART.findall(text)
+
+    @property
+    def pattern(self) -> str:
+        """The same texts as a regular expression of llguidance."""
+        return GAP.join(map(literal_pattern, self.parts))
 
     def match(self, text: str, at: int) -> int | None:
         """Returns the marker's end in ``text`` if it stands at ``at``, -1 if it does not, and None if the
@@ -47,6 +53,10 @@ class Marker:
                 return at, end
             at += 1
         return None
+
+
+def literal_pattern(text: str) -> str:
+    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
 
 
 def skip_spaces(text: str, at: int) -> int:

@@ -3,14 +3,14 @@
 A step returns whether the arguments are whole; what it has given of others stays given.
 """
 
-import ast
 import json
 import re
 from collections.abc import Mapping
 
-from jmoe.server.dialects.declared import TYPES, json_of, kind_of
 from jmoe.server.dialects.format import Tagged
-from jmoe.server.dialects.scanner import SPACES, Give, Marker, Scanner, Waiting
+from jmoe.server.dialects.reading.declared import TYPES, json_of, kind_of
+from jmoe.server.dialects.reading.pythonic import keyword_arguments
+from jmoe.server.dialects.reading.scanner import SPACES, Give, Marker, Scanner, Waiting
 
 OUTSIDE = re.compile(r'["{}\[\]]')
 INSIDE = {quote: re.compile(rf"[{quote}\\\\]") for quote in "\"'"}
@@ -77,36 +77,10 @@ def read_pythonic(source: Scanner, give: Give) -> Waiting[bool]:
     source.take(end, parts.append)
     text = "".join(parts)
     try:
-        call = ast.parse(f"f({text})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        if call.args or any(keyword.arg is None for keyword in call.keywords):
-            raise ValueError("a positional argument")
-        named = {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
-        give(json.dumps(named, ensure_ascii=False, allow_nan=False))
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        give(json.dumps(keyword_arguments(text), ensure_ascii=False, allow_nan=False))
+    except (ValueError, RecursionError):
         give(text)
     return True
-
-
-WORDS = {"true": True, "false": False, "null": None}
-
-
-def _value(node: ast.expr) -> object:
-    """Returns the value of a literal of Python, in which the words of JSON also stand for their values."""
-    match node:
-        case ast.Name() if node.id in WORDS:
-            return WORDS[node.id]
-        case ast.List() | ast.Tuple():
-            return [_value(part) for part in node.elts]
-        case ast.Dict() if None not in node.keys:
-            keys = [_value(key) for key in node.keys if key is not None]
-            if not all(isinstance(key, str) for key in keys):
-                raise ValueError("a key that is no text")
-            return dict(zip(keys, map(_value, node.values), strict=True))
-    value = ast.literal_eval(node)
-    if not isinstance(value, str | int | float | bool | None):
-        raise ValueError("a value without JSON")
-    return value
 
 
 class TaggedArguments:
