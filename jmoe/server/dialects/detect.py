@@ -26,7 +26,8 @@ MARKERS = {
     "<|tool_call|>": "granite", "<tool_call>": "hermes", '"parameters": dictionary': "llama_json",
 }  # fmt: skip
 HARMONY = re.compile(
-    r"<\|start\|>assistant(?:<\|channel\|>commentary)? to=functions\.([^\s<]+)[^{]*?<\|message\|>(.*?)<\|call\|>",
+    r"<\|start\|>assistant(?:<\|channel\|>commentary)? to=functions\.([^\s<]+)"
+    r"[^{]*?<\|message\|>(.*?)<\|call\|>",
     re.S,
 )
 QUESTION = "jmoe_question"

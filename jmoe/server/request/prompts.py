@@ -162,6 +162,8 @@ def _rendered(
 
 def _is_thinking(body: ChatRequest) -> bool | None:
     """Returns whether the request wants thoughts; None if it does not say."""
-    if body.enable_thinking is not None or isinstance(body.thinking, bool | None):
-        return body.thinking if body.enable_thinking is None else body.enable_thinking
+    if body.enable_thinking is not None:
+        return body.enable_thinking
+    if isinstance(body.thinking, bool) or body.thinking is None:
+        return body.thinking
     return {"enabled": True, "disabled": False, "adaptive": None}[body.thinking.type]

@@ -81,7 +81,9 @@ class ChatTemplate:
     @cached_property
     def probe(self) -> Probe:
         """Renders sample messages."""
-        return Probe(lambda *sample: self._render(*sample, PROBE_SECONDS))
+        return Probe(
+            lambda messages, tools, variables: self._render(messages, tools, variables, PROBE_SECONDS)
+        )
 
     def render(
         self,

@@ -34,7 +34,7 @@ class Render(Protocol):
     """
 
     def __call__(
-        self, messages: Messages, tools: list[dict[str, Any]] | None, variables: Mapping[str, Any]
+        self, messages: Messages, tools: list[dict[str, Any]] | None, variables: Mapping[str, Any], /
     ) -> str: ...
 
 

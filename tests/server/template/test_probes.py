@@ -41,7 +41,7 @@ def test_a_marker_is_not_needed_where_a_sample_call_is_read(name: str):
 
 ANY = {"first_system": True, "systems": True, "later_system": True, "users": True, "calls": True,
        "thoughts_beside_text": True, "ids": "any"}  # fmt: skip
-TURNS = {name: ANY for name in NAMES} | {
+TURNS = dict.fromkeys(NAMES, ANY) | {
     "harmony": ANY | {
         "systems": False, "later_system": False, "calls": False, "thoughts_beside_text": False},
     "kimi_k2": ANY | {"ids": "functions"},
@@ -59,9 +59,11 @@ def test_orders_of_messages_and_ids_are_found(name: str):
 
 # Whether a call's arguments may be text, and an object.
 ARGUMENTS = {
-    "deepseek_v3": (True, True), "deepseek_v31": (True, False), "functools": (True, False), "glm": (False, True),
+    "deepseek_v3": (True, True), "deepseek_v31": (True, False),
+    "functools": (True, False), "glm": (False, True),
     "granite": (False, True), "harmony": (False, True), "hermes": (True, True), "kimi_k2": (True, True),
-    "llama_json": (False, True), "mistral": (False, True), "no_tools": (False, False), "pythonic": (False, True),
+    "llama_json": (False, True), "mistral": (False, True), "no_tools": (False, False),
+    "pythonic": (False, True),
     "qwen35": (False, True), "qwen_xml": (False, True),
 }  # fmt: skip
 LISTS = {"glm": {"user"}, "llama_json": {"system", "user", "assistant", "tool"}}
@@ -73,7 +75,9 @@ def test_forms_of_arguments_and_content_are_found(name: str):
     assert (forms.arguments_text, forms.arguments_object) == ARGUMENTS[name]
     assert forms.lists == LISTS.get(name, set())
     assert forms.has_tools == (name != "no_tools")
-    assert not (forms.null and name in ("glm", "deepseek_v3", "functools", "qwen35")), "it fails, or writes None"
+    assert not (forms.null and name in ("glm", "deepseek_v3", "functools", "qwen35")), (
+        "it fails, or writes None"
+    )
 
 
 THINK = ("<think>", "</think>")
@@ -106,7 +110,9 @@ def test_a_template_that_never_ends_is_given_up():
 
     probe = Probe(render, seconds=10.0, clock=lambda: float(next(clock)))
     assert [probe([ASKED]) for _ in range(4)] == ["", "", None, None] and len(rendered) == 2
-    endless = ChatTemplate("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {})
+    endless = ChatTemplate(
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {}
+    )
     endless.probe._left = 0.1
     assert not endless.forms.has_tools and tool_format(endless).form is None
 
@@ -126,5 +132,7 @@ def test_a_setting_goes_before_what_the_template_shows(tmp_path):
 
 def test_the_start_tells_the_format_the_thoughts_and_why():
     text = str(model("hermes", ByteCodec()))
-    assert text.startswith("tool calls: hermes (the template writes a sample call in it); thoughts: between '<th")
+    assert text.startswith(
+        "tool calls: hermes (the template writes a sample call in it); thoughts: between '<th"
+    )
     assert "does not show tools" in str(model("no_tools", ByteCodec()))

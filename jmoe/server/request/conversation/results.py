@@ -63,7 +63,7 @@ def _turn(messages: Sequence[Message], turn: int, following: range) -> list[int]
     missing = next((id for id in ids if id not in found), None)
     if found and missing is not None:
         raise invalid(
-            f"messages[{turn}].tool_calls: the call {missing[:64]!r} has no result, though another call of the turn has one",
+            f"messages[{turn}].tool_calls: the call {missing[:64]!r} has no result, another of them has one",
             "messages",
         )
     return [*(found[id] for id in ids if id in found), *(i for i in following if messages[i].role in BETWEEN)]

@@ -14,7 +14,7 @@ def begun(content, **more) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("content", ["The answer is", "{", "a {{ b }}\n\nc", "\n\"x\\"])
+@pytest.mark.parametrize("content", ["The answer is", "{", "a {{ b }}\n\nc", '\n"x\\'])
 def test_the_prompt_ends_with_the_text(name: str, content: str):
     found = prompted(model(name), begun(content), **ON).text
     assert found.endswith(content.strip())

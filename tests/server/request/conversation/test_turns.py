@@ -25,7 +25,11 @@ def in_order(found: str, *words: str) -> bool:
 def test_a_late_system_message_is_not_lost(name: str, role: str):
     """Agents send one behind the user's message."""
     late = {"role": role, "content": "Be brief."}
-    for messages in ([ASKED, late], [ASKED, SAID, late, {"role": "user", "content": "And there?"}], [late, ASKED]):
+    for messages in (
+        [ASKED, late],
+        [ASKED, SAID, late, {"role": "user", "content": "And there?"}],
+        [late, ASKED],
+    ):
         found = text(name, messages)
         assert all(m["content"] in found for m in messages), found
 
@@ -46,7 +50,9 @@ def test_a_system_message_begins_the_next_turn_of_the_user():
     assert "[INST] What is there?\n\nBe brief.[/INST]" in text("mistral", [ASKED, late])
     first, second = ({"role": "system", "content": word} for word in ("One.", "Two."))
     assert text("qwen35", [first, second, ASKED]).startswith("<|im_start|>system\nOne.\n\nTwo.<|im_end|>")
-    assert "<|im_start|>system\nBe brief.<|im_end|>" in text("hermes", [ASKED, late]), "it takes them anywhere"
+    assert "<|im_start|>system\nBe brief.<|im_end|>" in text("hermes", [ASKED, late]), (
+        "it takes them anywhere"
+    )
 
 
 @pytest.mark.parametrize("name", WITH_TOOLS)
@@ -62,7 +68,7 @@ def test_calls_and_results_of_several_rounds_are_shown(name: str):
     found = text(name, messages, **FORCED)
     words = ["Pisa", "It leans.", "It stopped.", "Rome", "It stands."]
     assert all(word in found for word in words)
-    assert "None" not in found and "\\\"place\\\"" not in found, "neither Python's null nor JSON in JSON"
+    assert "None" not in found and '\\"place\\"' not in found, "neither Python's null nor JSON in JSON"
 
 
 def test_several_calls_become_several_turns():
@@ -70,8 +76,9 @@ def test_several_calls_become_several_turns():
                 result("a", "It leans."), result("b", "It stopped.")]  # fmt: skip
     found = text("harmony", messages, **FORCED)
     assert in_order(
-        found, "<|channel|>analysis<|message|>Hm.<|end|>", "to=functions.look", "Pisa", "functions.look to=assistant",
-        "It leans.", "to=functions.stop", "functions.stop to=assistant", "It stopped.",
+        found, "<|channel|>analysis<|message|>Hm.<|end|>", "to=functions.look", "Pisa",
+        "functions.look to=assistant", "It leans.",
+        "to=functions.stop", "functions.stop to=assistant", "It stopped.",
     )  # fmt: skip
     assert found.count("Hm.") == 1
 
@@ -85,19 +92,25 @@ def test_text_beside_thoughts_and_a_call_is_the_end_of_the_thoughts():
 
 def test_kimi_s_ids_name_the_function_and_count_in_the_conversation():
     messages = [ASKED, calls(call("call_x", place="Pisa"), call("call_y", "stop")), result("call_y", "2"),
-                result("call_x", "1"), calls(call("call_x", place="Rome")), result("call_x", "3")]  # fmt: skip
+                result("call_x", "1"), calls(call("call_x", place="Rome")),
+                result("call_x", "3")]  # fmt: skip
     found = text("kimi_k2", messages, **FORCED)
     assert in_order(
         found, "<|tool_call_begin|>functions.look:0<", "<|tool_call_begin|>functions.stop:1<",
-        "Return of functions.look:0\n1", "Return of functions.stop:1\n2", "<|tool_call_begin|>functions.look:2<",
-        "Return of functions.look:2\n3",
+        "Return of functions.look:0\n1", "Return of functions.stop:1\n2",
+        "<|tool_call_begin|>functions.look:2<", "Return of functions.look:2\n3",
     )  # fmt: skip
     assert "call_" not in found.replace("tool_call_", "").replace("tool_calls_", "")
 
 
 def test_mistral_s_ids_have_nine_letters_and_stay_the_same():
     long = "call_" + "0" * 31
-    messages = [ASKED, calls(call(long, place="Pisa"), call("abc123XYZ", "stop")), result(long), result("abc123XYZ")]
+    messages = [
+        ASKED,
+        calls(call(long, place="Pisa"), call("abc123XYZ", "stop")),
+        result(long),
+        result("abc123XYZ"),
+    ]
     found = text("mistral", messages, **FORCED)
     assert found == text("mistral", messages, **FORCED) and found.count("abc123XYZ") == 2
     made = found.partition('"id": "')[2][:9]
