@@ -21,7 +21,7 @@ from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import ApiError, draining, engine_dead
 from jmoe.server.request.body import BodyBytes, read_body
 from jmoe.server.request.bounds import LIGHT
-from jmoe.server.request.chat_model import chat_model
+from jmoe.server.request.conversation.chat_model import chat_model
 from jmoe.server.request.decoding import decode
 from jmoe.server.request.grammars import Grammars
 from jmoe.server.request.prepared import PreparedRequest

@@ -10,8 +10,8 @@ import pytest
 
 from jmoe.server.answer.calls import call_id
 from jmoe.server.errors import ApiError
-from jmoe.server.request.chat_model import ChatModel
 from jmoe.server.request.checks import check_chat
+from jmoe.server.request.conversation.chat_model import ChatModel
 from jmoe.server.request.decoding import decode
 from jmoe.server.request.prompts import TextEncoder, chat_prompt
 from jmoe.server.request.schema import ChatRequest

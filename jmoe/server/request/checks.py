@@ -13,7 +13,9 @@ from jmoe.server.errors import invalid, unsupported
 from jmoe.server.request.bounds import MAX_TOOL_CHARACTERS, exceeds
 from jmoe.server.request.conversation.final_message import check_final_message
 from jmoe.server.request.conversation.results import in_order
-from jmoe.server.request.schema import ChatRequest, CompletionRequest, GenerationRequest, Message, neutral
+from jmoe.server.request.fields.base import neutral
+from jmoe.server.request.fields.chat import Message
+from jmoe.server.request.schema import ChatRequest, CompletionRequest, GenerationRequest
 from jmoe.server.request.structured import GrammarRequest, requested_grammar
 from jmoe.server.request.tools import ToolSupport, ToolUse, tool_use
 from jmoe.server.template.chat_template import RESERVED

@@ -6,8 +6,8 @@ from jmoe.engine.text.codec import TextCodec
 from jmoe.engine.text.markup import PLAIN, Markup
 from jmoe.engine.text.token_bytes import GrowingText
 from jmoe.server.errors import ApiError, invalid, refused
-from jmoe.server.request.chat_model import ChatModel
 from jmoe.server.request.checks import CheckedChat
+from jmoe.server.request.conversation.chat_model import ChatModel
 from jmoe.server.request.conversation.final_message import cut, tagged
 from jmoe.server.request.conversation.literals import Given
 from jmoe.server.request.conversation.messages import template_message

@@ -1,58 +1,26 @@
-"""Request bodies as typed structs. ``null`` means the default; an unknown field is refused by name.
+"""Request bodies as typed structs. A null means the default; an unknown field is refused by name.
 
 Fields that clients send and this server cannot honour are declared too (``only``), so that the values that
 request nothing pass and any other value is answered with a 400 that names the field.
 """
 
-import functools
 from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import Meta
 
 from jmoe.server.request.bounds import MAX_MESSAGES
+from jmoe.server.request.fields.base import Absent, Count, Name, Off, On, One, Strict, Unlimited, Zero, only
+from jmoe.server.request.fields.chat import AllowedTools, Message, NamedTool, ThinkingSwitch, Tool
 
 MAX_CHOICES = 1024  # answers one HTTP request may ask for: prompts x n, bounded before anything is allocated
 
-Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Alternatives = Annotated[int, Meta(ge=0, le=20)]
 Limit = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 StopText = Annotated[str, Meta(max_length=1024)]
 StopTexts = Annotated[list[Annotated[StopText, Meta(min_length=1)]], Meta(max_length=16)]
-# In Python ``$`` also matches before a last line end, which JavaScript's, and JSON Schema's, does not.
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$(?!\n)")]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 GrammarText = Annotated[str, Meta(min_length=1, max_length=64 * 1024)]
-
-
-def only(*values: Any) -> Meta:
-    """Annotates a field of a feature that is not supported: null and ``values`` request nothing, and pass.
-
-    They are kept as JSON: typing takes equal annotations for one, and False equals 0.
-    """
-    return Meta(extra={"only": msgspec.json.encode(values)}, extra_json_schema={"enum": [None, *values]})
-
-
-Off = Annotated[Any, only(False)]
-On = Annotated[Any, only(True)]
-Zero = Annotated[Any, only(0)]
-One = Annotated[Any, only(1)]
-Unlimited = Annotated[Any, only(-1)]
-Absent = Annotated[Any, only()]
-
-
-@functools.cache
-def neutral(kind: type[msgspec.Struct]) -> dict[str, list[Any]]:
-    """Returns the values that pass besides null, for each field of ``kind`` declared with ``only``."""
-    shape = msgspec.inspect.type_info(kind)
-    assert isinstance(shape, msgspec.inspect.StructType)
-    extras = {field.name: getattr(field.type, "extra", None) or {} for field in shape.fields}
-    return {name: msgspec.json.decode(extra["only"]) for name, extra in extras.items() if "only" in extra}
-
-
-class Strict(msgspec.Struct, forbid_unknown_fields=True):
-    """A JSON object without other fields than its own."""
 
 
 class StreamOptions(Strict, kw_only=True):
@@ -214,102 +182,6 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     logprobs: Alternatives | None = None
     # Neutral values only.
     suffix: Annotated[Any, only("")] = None
-
-
-class WithSource(Strict, kw_only=True, dict=True):
-    """A JSON object that the model's template gets as it was sent: with its own keys in their order.
-
-    ``decoding.decode`` sets ``source``.
-    """
-
-    @property
-    def source(self) -> dict[str, Any]:
-        return self.__dict__["source"]
-
-
-class CalledFunction(Strict, kw_only=True):
-    """arguments: JSON text of an object, or the object; the text of a cut answer may end anywhere."""
-
-    name: str
-    arguments: str | dict[str, Any]
-
-
-class ToolCall(Strict, kw_only=True):
-    """index, extra_content: fields of a stream's deltas; they change nothing here."""
-
-    id: str
-    function: CalledFunction
-    type: Literal["function"] | None = None
-    index: int | None = None
-    extra_content: Any = None
-
-
-class Message(WithSource, kw_only=True):
-    """content: text, or a list of parts.
-    tool_call_id: id of the call that a tool answers.
-    reasoning_content, reasoning, thinking: thoughts of an assistant before its answer.
-    """
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
-    name: str | None = None
-    refusal: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-    function_call: Annotated[Any, only("none")] = None
-    audio: Absent = None
-    annotations: Annotated[Any, only([])] = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    thinking: str | None = None
-
-
-class Function(Strict, kw_only=True):
-    """parameters: JSON schema of an object; null if the function has no arguments.
-    strict: whether a schema that cannot be followed exactly is refused.
-    """
-
-    name: Name
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(WithSource, kw_only=True):
-    type: Literal["function"]
-    function: Function
-
-
-class FunctionName(Strict, kw_only=True):
-    name: str
-
-
-class NamedTool(Strict, tag_field="type", tag="function"):
-    function: FunctionName
-
-
-class AllowedToolsChoice(Strict, kw_only=True):
-    """mode: whether the answer may, or must, call one of the tools.
-    tools: the tools that it may call; the model sees the others too.
-    """
-
-    mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Meta(min_length=1, max_length=128)]
-
-
-class AllowedTools(Strict, tag_field="type", tag="allowed_tools"):
-    allowed_tools: AllowedToolsChoice
-
-
-class ThinkingSwitch(Strict, kw_only=True):
-    """type: whether the model thinks; "adaptive" leaves it to the model.
-    budget_tokens: accepted, without effect.
-    """
-
-    type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Count | None = None
-    display: str | None = None
-    clear_thinking: bool | None = None
 
 
 class ChatRequest(GenerationRequest, kw_only=True):

@@ -9,12 +9,13 @@ from jmoe.server.dialects.dialect import Dialect
 from jmoe.server.dialects.events import Choice, Reader
 from jmoe.server.dialects.json_call import JsonCall
 from jmoe.server.errors import invalid, unsupported
-from jmoe.server.request.schema import AllowedTools, ChatRequest, Function, Message, NamedTool
+from jmoe.server.request.fields.chat import AllowedTools, Function, Message, NamedTool
+from jmoe.server.request.schema import ChatRequest
 
 
 @dataclass(frozen=True)
 class ToolSupport:
-    """How a model's answers call functions.
+    """The way in which a model's answers call functions.
 
     dialect: dialect of the model's own calls; None if it has none.
     why: reason for that, in words.

@@ -10,7 +10,7 @@ import pytest
 from support.server.answers import UNSUPPORTED, VALUE, check, events
 from support.server.fake_engine import ByteCodec, FakeEngine, listening, served
 
-from jmoe.server.request.chat_model import chat_model
+from jmoe.server.request.conversation.chat_model import chat_model
 from jmoe.server.template.chat_template import ChatTemplate
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -31,6 +31,10 @@ TEMPLATE = (
 def tool(name, parameters=None):
     function = {"name": name} | ({} if parameters is None else {"parameters": parameters})
     return {"type": "function", "function": function}
+
+
+def strict(name, parameters):
+    return {"type": "function", "function": {"name": name, "parameters": parameters, "strict": True}}
 
 
 def named(name):
@@ -222,7 +226,7 @@ BAD = [
     ({"tools": TOOLS, "tool_choice": named("other")}, "tool_choice", VALUE),
     ({"tools": [*TOOLS, TOOLS[0]], "tool_choice": "required"}, "tools", VALUE),
     ({"tools": [tool("f", {"type": "string"})], "tool_choice": "required"}, "tools", VALUE),
-    ({"tools": [tool("f", {"type": "object", "not": {}})], "tool_choice": named("f")}, "tools", VALUE),
+    ({"tools": [strict("f", {"type": "object", "not": {}})], "tool_choice": named("f")}, "tools", VALUE),
     ({"tools": [{"type": "search"}], "tool_choice": "required"}, "tools[0].type", VALUE),
     ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tools[0].function",
      "missing_required_parameter"),

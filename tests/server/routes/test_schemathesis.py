@@ -6,7 +6,7 @@ import sys
 import pytest
 from support.server.fake_engine import TEMPLATE, ByteCodec, FakeEngine, listening
 
-from jmoe.server.request.chat_model import chat_model
+from jmoe.server.request.conversation.chat_model import chat_model
 from jmoe.server.template.chat_template import ChatTemplate
 
 CHECKS = "not_a_server_error,content_type_conformance,response_schema_conformance,status_code_conformance"

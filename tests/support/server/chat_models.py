@@ -7,8 +7,8 @@ from typing import Any
 from tokenizers import AddedToken
 
 from jmoe.engine.reports import ModelFacts
-from jmoe.server.request.chat_model import ChatModel, chat_model
 from jmoe.server.request.checks import CheckedChat, check_chat
+from jmoe.server.request.conversation.chat_model import ChatModel, chat_model
 from jmoe.server.request.decoding import decode
 from jmoe.server.request.prompts import Prompt, TextEncoder, chat_prompt
 from jmoe.server.request.schema import ChatRequest

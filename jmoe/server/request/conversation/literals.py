@@ -60,7 +60,7 @@ def control_spellings(codec: TextCodec, source: str) -> set[str]:
 
 @dataclass(frozen=True)
 class Given:
-    """What a template is given.
+    """The values that a template is given.
 
     messages: messages in the template's forms.
     tools: definitions of tools; None = none.

@@ -7,7 +7,7 @@ import msgspec
 
 from jmoe.server.errors import invalid, unsupported
 from jmoe.server.request.bounds import check_json
-from jmoe.server.request.schema import Message
+from jmoe.server.request.fields.chat import Message
 from jmoe.server.template.forms import Forms
 
 # Keys of an assistant's reasoning: the first is read by most templates, the second by some, the third is sent

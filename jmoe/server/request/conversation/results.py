@@ -8,7 +8,7 @@ wrong call, or with none, is refused, as OpenAI refuses it.
 from collections.abc import Sequence
 
 from jmoe.server.errors import invalid
-from jmoe.server.request.schema import Message
+from jmoe.server.request.fields.chat import Message
 
 BETWEEN = ("system", "developer")  # roles that clients put between a call and its result
 

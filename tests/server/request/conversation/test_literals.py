@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from jmoe.engine.reports import ModelFacts
 from jmoe.engine.text.codec import TextCodec
 from jmoe.server.errors import ApiError
-from jmoe.server.request.chat_model import ChatModel, chat_model
+from jmoe.server.request.conversation.chat_model import ChatModel, chat_model
 from jmoe.server.template.chat_template import ChatTemplate
 
 CHAT = (
