@@ -32,7 +32,8 @@ class ChatModel:
 
     def __str__(self) -> str:
         name = "none" if self.tools.dialect is None else self.tools.dialect.name
-        shown = "" if self.tools.has_definitions else "; the chat template does not show tools"
+        is_mute = self.template is not None and not self.tools.has_definitions
+        shown = "; the chat template does not show tools" if is_mute else ""
         thoughts = "none" if self.template is None else self.template.thinking
         return f"tool calls: {name} ({self.tools.why}{shown}); thoughts: {thoughts}"
 
