@@ -62,15 +62,13 @@ class FormatReader:
             yield from source.take_spaces(self.spaces.append)
         if not form.is_at_start:
             trigger = Marker(form.trigger)
+            if self.is_fresh and self.has_called:
+                yield from source.drop_cut([trigger])
             if (yield from source.take_until([trigger], self._say)) is None:
                 return False
-            opening = Marker(form.begin + form.opens)
-            if (yield from source.next_of([opening])) is opening:
-                return (yield from source.expect(opening))
-            # The marker stands in a text, or the answer ends within the call's opening.
-            if source.is_closed and opening.match(source.text, source.at) is None:
-                source.at = len(source.text)
-            else:
+            if (yield from source.expect(Marker(form.begin + form.opens))):
+                return True
+            if not source.is_done:  # the marker stands in a text
                 source.take(source.at + len(trigger.parts[0]), self._say)
             return False
         if not self.has_called and (yield from source.next_of(self._openings())) is not None:
@@ -103,11 +101,11 @@ class FormatReader:
         while (yield from self._call()) and form.is_list:
             yield from source.take_spaces(_drop)
             found = yield from source.next_of(followers)
-            if found is None and any(m.match(source.text, source.at) is None for m in followers):
-                source.at = len(source.text)  # the answer ends within the marker
-            if found is not None:
-                yield from source.expect(found)
-            if found is not more:
+            if found is None:
+                yield from source.drop_cut(followers)
+                return
+            yield from source.expect(found)
+            if found is end:
                 return
 
     def _call(self) -> Waiting[bool]:
@@ -133,6 +131,8 @@ class FormatReader:
         if not is_whole:
             return False
         self.events.append(CallEnd())
+        if not form.closes:
+            return True
         yield from source.take_spaces(_drop)
         return (yield from source.expect(Marker(form.closes)))
 

@@ -12,7 +12,7 @@ from jmoe.server.dialects.format import Format
 from jmoe.server.dialects.grammars.lark import ANY, Lark
 from jmoe.server.dialects.grammars.schemas import Parameters
 from jmoe.server.dialects.grammars.values import ArgumentRules
-from jmoe.server.dialects.reading.scanner import Marker
+from jmoe.server.dialects.reading.scanner import GAP, Marker, literal_pattern
 
 
 def calls_grammar(
@@ -36,21 +36,24 @@ def calls_grammar(
         again = f" ({lark.literal(form.between + opening)} body)*" if is_many and not form.is_list else ""
         start = f"{lark.literal(opening)} body{again}"
     elif form.is_at_start:
-        firsts = {"body": opening}
+        first, pattern = f"{lark.literal(opening)} calls", Marker(opening).pattern
         if not form.opens:  # only a bracket: the answer is a call if a function's name follows
-            heads = {f"rest_{i}{rest}": each.name for i, each in enumerate(functions)}
-            firsts = {then: f"{form.begin}{name}{form.named}" for then, name in heads.items()}
-        # What begins a call is one lexeme, because a longer one of other text would hide it.
-        start = " | ".join(f"{lark.literal(first)} {then}" for then, first in firsts.items()) + " | other"
-        patterns = "|".join(Marker(first).pattern for first in firsts.values())
-        lines += f"other: OTHER\nOTHER: /{ANY}/ & ~/[ \\t\\r\\n]*({patterns}){ANY}/\n"
+            # What begins a call is one lexeme, because a longer one of other text would hide it.
+            heads = [lark.literal(f"{form.begin}{each.name}{form.named}") for each in functions]
+            first = "(" + " | ".join(f"{head} rest_{i}" for i, head in enumerate(heads)) + ")"
+            names = "|".join(literal_pattern(each.name) for each in functions)
+            pattern = f"{pattern}{GAP}({names}){GAP}{Marker(form.named).pattern}"
+        start = f"{first}{rest} | other"
+        lines += f"other: OTHER\nOTHER: /{ANY}/ & ~/[ \\t\\r\\n]*{pattern}{ANY}/\n"
     else:
         start = f"(head body){'*' if is_many else '?'} rest"
-        head = lark.until_trigger("trigger", form.trigger)
-        lines += f"{head}head: trigger {lark.literal(opening[len(form.trigger) :])}\nrest: /{ANY}/\n"
+        trigger = lark.until_trigger(form.trigger)
+        lines += f"head: {trigger} {lark.literal(opening[len(form.trigger) :])}\n"
+        # Behind the only call nothing else finds a trigger that is text.
+        lines += f"rest: REST\nREST: /{ANY}/{'' if is_many else lark.without(form.trigger)}\n"
     for i, parameters in enumerate(functions):
         lines += call_rules(form, i, parameters, lark)
-    return Grammar("lark", f"%llguidance {{}}\nstart: {start}\n{lines}")
+    return Grammar("lark", f"%llguidance {{}}\nstart: {start}\n{lines}{lark.lines}")
 
 
 def call_rules(form: Format, i: int, parameters: Parameters, lark: Lark) -> str:

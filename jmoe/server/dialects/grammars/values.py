@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jmoe.server.dialects.format import Format, Tagged
-from jmoe.server.dialects.grammars.lark import ANY, Lark
+from jmoe.server.dialects.grammars.lark import ANY, MARK, Lark
 from jmoe.server.dialects.grammars.schemas import Parameters
 from jmoe.server.dialects.reading.declared import kind_of, types_of
 from jmoe.server.dialects.reading.scanner import literal_pattern
@@ -107,17 +107,16 @@ class ArgumentRules:
             opening = f"{literal(tags.key)} {ANY_NAME} {literal(tags.value)}"
         else:
             opening = literal(tags.key + name + tags.value)
-        value = self._value(tags, rule, schema)
+        value = self._value(tags, schema)
         self.lines += f"{rule}: {opening} {value}\n"
 
-    def _value(self, tags: Tagged, rule: str, schema: Any) -> str:
+    def _value(self, tags: Tagged, schema: Any) -> str:
         """Returns what derives a value and what closes it."""
         schema = schema if isinstance(schema, dict) else {}
         kind = kind_of(types_of(schema, self.parameters.schema))
         end, literal = tags.end.rstrip(), self.lark.literal
         if kind == "json":
-            self.lines += f"{rule}_json: %json {self.parameters.json(schema)}\n"
-            return f"{rule}_json {literal(tags.end)}"
+            return f"{self.lark.rule(f'%json {self.parameters.json(schema)}')} {literal(tags.end)}"
         margin = tags.end[len(end) :]
         listed = [schema["const"]] if "const" in schema else schema.get("enum")
         if isinstance(listed, list):
@@ -126,14 +125,13 @@ class ArgumentRules:
             ]
             return f"({' | '.join(map(literal, texts)) or literal('')}) {literal(tags.end)}"
         pattern = self._text_pattern(schema, kind == "text")
-        if pattern is None:
-            self.lines += self.lark.until(f"{rule}_text", end)
-            return f"{rule}_text {literal(margin)}" if margin else f"{rule}_text"
-        self.lines += f"{rule.upper()}: {pattern} & ~/{ANY}{literal_pattern(end)}{ANY}/\n"
-        if end in self.lark.ids:
-            return f"{rule.upper()} {literal(tags.end)}"
-        self.lines += f"{rule}_text[lazy]: {rule.upper()} {literal(end)}\n"
-        return f"{rule}_text {literal(margin)}" if margin else f"{rule}_text"
+        text = None
+        if pattern is not None:
+            is_apart = MARK.search(end) is not None
+            text = self.lark.terminal(
+                pattern if is_apart else f"{pattern} & ~/{ANY}{literal_pattern(end)}{ANY}/"
+            )
+        return f"{self.lark.until(end, text)} {literal(margin) if margin else ''}"
 
     def _text_pattern(self, schema: dict[str, Any], is_text: bool) -> str | None:
         """Returns an expression of a terminal that the text of a value matches; None for any text."""
@@ -163,5 +161,5 @@ class ArgumentRules:
             self.lines += f'{rule}: {opening} ("True" | "False")\n'
             return
         none = ' | "None"' if "null" in types else ""
-        self.lines += f"{rule}_json: %json {self.parameters.json(schema)}\n"
-        self.lines += f"{rule}: {opening} ({rule}_json{none})\n"
+        value = self.lark.rule(f"%json {self.parameters.json(schema)}")
+        self.lines += f"{rule}: {opening} ({value}{none})\n"

@@ -104,6 +104,7 @@ class TaggedArguments:
             if found is not self.key:
                 if found is self.closes:
                     give("{}" if opening == "{" else "}")
+                yield from source.drop_cut([self.key, self.closes])
                 return found is self.closes
             yield from source.expect(self.key)
             parts: list[str] = []
@@ -122,8 +123,12 @@ class TaggedArguments:
                 yield
             source.at += source.text.startswith(space, source.at)
         if kind_of(types) == "text":
+
+            def give_text(text: str) -> None:
+                give(escaped(text))
+
             give('"')
-            found = yield from source.take_until([self.end], lambda text: give(escaped(text)))
+            found = yield from source.take_until([self.end], give_text, drops_cut=True)
             if found is not None:
                 give('"')
         else:

@@ -56,7 +56,7 @@ class Marker:
 
 
 def literal_pattern(text: str) -> str:
-    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
+    return "".join(c if c == "_" or (c.isascii() and c.isalnum()) else f"\\x{{{ord(c):x}}}" for c in text)
 
 
 def skip_spaces(text: str, at: int) -> int:
@@ -101,9 +101,14 @@ class Scanner:
                 return
             yield
 
-    def take_until(self, markers: Sequence[Marker], give: Give) -> Waiting[Marker | None]:
+    def take_until(
+        self, markers: Sequence[Marker], give: Give, *, drops_cut: bool = False
+    ) -> Waiting[Marker | None]:
         """Gives the text up to the first of the markers and returns it, not taken; gives all the rest and
-        returns None if none comes. Only what may begin a marker is held back."""
+        returns None if none comes. Only what may begin a marker is held back.
+
+        drops_cut: whether what may begin a marker is dropped if the answer ends there.
+        """
         while True:
             begin, found = len(self.text), None
             for marker in markers:
@@ -114,9 +119,11 @@ class Scanner:
             if found is not None:
                 return found
             if self.is_closed:
-                # What seemed to begin a marker was text; another marker may be in it.
-                if begin == len(self.text):
+                if drops_cut:
+                    self.at = len(self.text)
+                if begin == len(self.text) or drops_cut:
                     return None
+                # What seemed to begin a marker was text; another marker may be in it.
                 self.take(begin + 1, give)
                 continue
             yield
@@ -130,13 +137,20 @@ class Scanner:
                 return marker
         return None
 
+    def drop_cut(self, markers: Sequence[Marker]) -> Waiting[None]:
+        """Drops the rest if the answer ends within one of the markers."""
+        for marker in markers:
+            while (end := marker.match(self.text, self.at)) is None and not self.is_closed:
+                yield
+            if end is None:
+                self.at = len(self.text)
+
     def expect(self, marker: Marker) -> Waiting[bool]:
         """Takes the marker and returns whether it stands here. The answer may end within it: then nothing is
         left."""
-        while (end := marker.match(self.text, self.at)) is None and not self.is_closed:
-            yield
-        if end is None:
-            self.at = len(self.text)
-        elif end >= 0:
-            self.at = end
-        return end is not None and end >= 0
+        yield from self.drop_cut([marker])
+        end = marker.match(self.text, self.at)
+        if end is None or end < 0:
+            return False
+        self.at = end
+        return True
