@@ -8,7 +8,7 @@ in which control tokens have private names. A conversation that spells none take
 import json
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ MAX_CONTROLS = 0xFF00  # fewer than each of the two planes has
 class Controls:
     """The control tokens of a model whose template is known.
 
-    pattern: finds their spellings, the longest first; None if there are none.
+    pattern: finds their spellings, the longest of those at one place; None if there are none.
     places: character in messages by spelling.
     names: character in the copy of the tokenizer by spelling.
     """
@@ -40,9 +40,23 @@ class Controls:
     @classmethod
     def of(cls, spellings: Iterable[str]) -> "Controls":
         ordered = sorted(spellings, key=lambda text: (-len(text), text))[:MAX_CONTROLS]
-        pattern = re.compile("|".join(map(re.escape, ordered))) if ordered else None
+        pattern = re.compile(any_of(ordered)) if ordered else None
         places = {text: chr(PLACES + i) for i, text in enumerate(ordered)}
         return cls(pattern, places, {text: chr(NAMES + i) for i, text in enumerate(ordered)})
+
+
+def any_of(spellings: Sequence[str]) -> str:
+    """Returns an expression that matches the longest of the texts. Common beginnings are tried once: a model
+    may have thousands of control tokens, which all begin alike."""
+    parts = []
+    for first in sorted({text[0] for text in spellings}):
+        group = [text for text in spellings if text[0] == first]
+        low, high = min(group), max(group)  # what these have in common, all have
+        begin = low[: next((i for i, c in enumerate(low) if high[i] != c), len(low))]
+        rests = [text[len(begin) :] for text in group if text != begin]
+        rest = f"(?:{any_of(rests)})" if rests else ""
+        parts.append(re.escape(begin) + rest + ("?" if rests and begin in group else ""))
+    return "|".join(parts)
 
 
 def control_spellings(codec: TextCodec, source: str) -> set[str]:
@@ -105,7 +119,10 @@ class Literals:
                 made["content"] = changed_texts(made["content"], lambda text: text.translate(back))
             return made
 
-        made = Given([message(m) for m in given.messages], changed(given.tools), changed(given.variables))
+        try:
+            made = Given([message(m) for m in given.messages], changed(given.tools), changed(given.variables))
+        except RecursionError:
+            raise ValueError("the messages are nested too deeply") from None
         return None if made == given else made
 
     def restored(self, text: str) -> str:

@@ -3,8 +3,10 @@ token, and puts ids of control tokens where the template alone writes them."""
 
 import copy
 import json
+import re
 
 import pytest
+from support.least_time import within
 from support.models.tokenizer_folders import byte_level, folder, pieces
 from support.server.chat_models import call, calls, prompted, result
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -13,6 +15,7 @@ from jmoe.engine.reports import ModelFacts
 from jmoe.engine.text.codec import TextCodec
 from jmoe.server.errors import ApiError
 from jmoe.server.request.conversation.chat_model import ChatModel, chat_model
+from jmoe.server.request.conversation.literals import Given, any_of
 from jmoe.server.template.chat_template import ChatTemplate
 
 CHAT = (
@@ -169,6 +172,33 @@ def test_a_copy_is_made_only_for_spellings(tmp_path):
     copied = literals._copy
     prompted(chat, [{"role": "user", "content": "<|b|>"}])
     assert copied is not None and literals._copy is copied
+
+
+@pytest.mark.parametrize("texts", [
+    ["<|a|>"], ["<a", "<ab>", "<ab>c"], ["[A]", "[AB]", "<x>", "<", "<|r1|>", "<|r12|>"],
+])  # fmt: skip
+def test_the_longest_spelling_is_found(texts: list[str]):
+    pattern, joined = re.compile(any_of(texts)), "x".join(texts)
+    assert [found[0] for found in pattern.finditer(joined)] == texts
+    assert all(pattern.match(text + "z")[0] == text for text in texts)  # type: ignore[index]
+
+
+def test_thousands_of_control_tokens_do_not_slow_the_search():
+    """A place that begins like a token costs a few steps, not one for each token: that would take 30 s."""
+    pattern = re.compile(any_of([f"<|reserved_{i}|>" for i in range(5000)]))
+    text = "<|reserved_ <p> " * 100_000
+    assert within(3.0, lambda: pattern.search(text)) is None
+
+
+def test_messages_nested_too_deeply_are_refused(tmp_path):
+    chat = made("bytes", tmp_path)
+    assert chat.template is not None
+    literals, deep = chat.literals(chat.template), "<|a|>"
+    for _ in range(5000):
+        deep = [deep]
+    assert literals is not None
+    with pytest.raises(ValueError, match="nested too deeply"):
+        literals.protected(Given([{"role": "user", "content": deep}], None, {}))
 
 
 def test_the_context_s_length_holds_here_too(tmp_path):
