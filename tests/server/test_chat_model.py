@@ -67,6 +67,26 @@ def test_settings_go_before_the_directory(directory, tmp_path_factory):
     ("tool_format", "gone.toml", "gone.toml: No such file"),
     ("chat_template", "gone.jinja", "cannot read the chat template in gone.jinja"),
 ])  # fmt: skip
+TEMPLATE = {
+    "version": 1,
+    "fields": {"tool_calls": {
+        "open": "<tool_call>", "close": "</tool_call>", "repeats": True, "content": "json",
+    }},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("declared", "form", "why"), [
+    (TEMPLATE, "hermes", "the checkpoint declares it (response_template)"),
+    (TEMPLATE | {"version": 2}, "glm", "a sample call"), ({"fields": {}}, "glm", "a sample call"),
+])  # fmt: skip
+def test_the_checkpoint_s_own_word_goes_before_what_its_template_shows(directory, declared, form, why):
+    (directory / "chat_template.jinja").write_text((FOLDER / "glm.jinja").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps({"response_template": declared}))
+    report = chat_report(directory)
+    assert report["tool_format"] == form and why in report["why"]
+    assert chat_report(directory, setting="granite")["tool_format"] == "granite"
+
+
 def test_a_setting_that_cannot_be_used_stops_the_start(directory, field: str, value: str, words: str):
     with pytest.raises(ValueError, match=words):
         Service(engine(), ServerSettings(**{field: value}), directory, "m")

@@ -6,6 +6,7 @@ from typing import Protocol
 from tokenizers import Tokenizer
 
 from jmoe.engine.grammar.grammar import Grammar
+from jmoe.engine.text.markup import HARMONY_END
 from jmoe.server.dialects.events import Choice, Function, Reader
 from jmoe.server.dialects.format import Format
 from jmoe.server.dialects.formats import FORMATS
@@ -65,7 +66,10 @@ class FormatDialect:
 
     def __init__(self, form: Format, tokens: Mapping[str, int]):
         self.form, self.tokens = form, tokens
+        self.is_harmony = form == FORMATS["harmony"]
         self.marked, self.marks = marked(form, tokens)
+        if self.is_harmony and (call := tokens.get("<|call|>")) is not None:
+            self.marks[call] = HARMONY_END  # the text layer marks calls in channels where it knows this mark
         self.followed = Followed()
 
     @property
@@ -81,7 +85,7 @@ class FormatDialect:
         open_names: Collection[str] = (),
     ) -> Grammar | None:
         parameters = [self.followed.parameters(function, open_names) for function in functions]
-        if self.form == FORMATS["harmony"]:
+        if self.is_harmony:
             return harmony_grammar(self.tokens, parameters, choice)
         ids = {mark: id for id, mark in self.marks.items()}
         return calls_grammar(self.marked, ids, parameters, choice, parallel=parallel)

@@ -5,9 +5,9 @@ To add one, add a row. A row's texts are what the family's own chat template wri
 
 from dataclasses import replace
 
+from jmoe.engine.text.markup import HARMONY_ARGUMENTS, HARMONY_CALL, HARMONY_END
 from jmoe.server.dialects.format import Format, Tagged
 
-HARMONY_CALL, HARMONY_ARGUMENTS, HARMONY_END = "\ue000", "\ue001", "\ue002"
 XML = Tagged("<parameter=", ">\n", "\n</parameter>\n")
 INVOKED = Tagged('<parameter name="', '">', "</parameter>\n")
 DEEPSEEK = Format(

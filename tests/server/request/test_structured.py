@@ -28,13 +28,9 @@ TEMPLATE = (
 )
 
 
-def tool(name, parameters=None):
-    function = {"name": name} | ({} if parameters is None else {"parameters": parameters})
+def tool(name, parameters=None, strict=None):
+    function = {"name": name, "strict": strict} | ({} if parameters is None else {"parameters": parameters})
     return {"type": "function", "function": function}
-
-
-def strict(name, parameters):
-    return {"type": "function", "function": {"name": name, "parameters": parameters, "strict": True}}
 
 
 def named(name):
@@ -226,7 +222,7 @@ BAD = [
     ({"tools": TOOLS, "tool_choice": named("other")}, "tool_choice", VALUE),
     ({"tools": [*TOOLS, TOOLS[0]], "tool_choice": "required"}, "tools", VALUE),
     ({"tools": [tool("f", {"type": "string"})], "tool_choice": "required"}, "tools", VALUE),
-    ({"tools": [strict("f", {"type": "object", "not": {}})], "tool_choice": named("f")}, "tools", VALUE),
+    ({"tools": [tool("f", {"type": "object", "not": {}}, True)], "tool_choice": named("f")}, "tools", VALUE),
     ({"tools": [{"type": "search"}], "tool_choice": "required"}, "tools[0].type", VALUE),
     ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tools[0].function",
      "missing_required_parameter"),

@@ -18,7 +18,9 @@ from jmoe.server.answer.calls import ToolFormat
 from jmoe.server.answer.formats import ChoiceFields
 from jmoe.server.dialects.events import Arguments, CallEnd, CallStart, Choice, PlainText
 from jmoe.server.dialects.grammars.schemas import Followed
+from jmoe.server.dialects.json_call import JsonCall
 from jmoe.server.errors import ApiError
+from jmoe.server.request.fields.chat import Function
 from jmoe.server.request.params import chat_params
 from jmoe.server.request.tools import ToolSupport
 
@@ -140,6 +142,37 @@ def test_two_grammars_are_refused():
     with pytest.raises(ApiError, match="tools both say what the answer must be") as refusal:
         checked(tools=TOOLS, tool_choice=NAMED, response_format={"type": "json_object"})
     assert msgspec.json.decode(refusal.value.response().body)["error"]["param"] == "tools"
+
+
+# Answers of models without a format that call the functions ``look`` and ``stop``, with their content.
+ANSWERS = {
+    "required": (
+        '{"name": "stop", "arguments": {"a": ["}\\\\\\"", {}]}}',
+        [CallStart("stop"), Arguments('{"a": ["}\\\\\\"", {}]}'), CallEnd()],
+    ),
+    "named": ("{ }", [CallStart("look"), Arguments("{ }"), CallEnd()]),
+}
+
+
+def joined(events):
+    """Returns the events after neighbours of text, and of arguments, are joined."""
+    made = []
+    for event in events:
+        if made and isinstance(event, PlainText | Arguments) and type(made[-1]) is type(event):
+            event = type(event)(made.pop().text + event.text)
+        made.append(event)
+    return made
+
+
+@pytest.mark.parametrize("choice", ANSWERS)
+def test_a_reader_finds_the_same_however_an_answer_is_cut(choice):
+    text, events = ANSWERS[choice]
+    functions = [msgspec.convert(tool["function"], Function) for tool in TOOLS]
+    functions = functions[:1] if choice == "named" else functions
+    for size in range(1, len(text) + 1):
+        reader = JsonCall().reader(choice, functions)
+        found = [e for i in range(0, len(text), size) for e in reader.feed(text[i : i + size])]
+        assert joined(found + reader.close()) == events
 
 
 class Spelled:

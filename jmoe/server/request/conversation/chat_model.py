@@ -6,6 +6,7 @@ from jmoe.engine.reports import ModelFacts
 from jmoe.engine.text.codec import TextCodec
 from jmoe.engine.text.markup import PLAIN, Markup
 from jmoe.server.dialects.dialect import format_dialect
+from jmoe.server.dialects.format import Format
 from jmoe.server.request.conversation.literals import Literals
 from jmoe.server.request.tools import ToolSupport, ToolUse
 from jmoe.server.template.chat_template import ChatTemplate
@@ -65,12 +66,15 @@ class ChatModel:
         return Markup(marks, *around, in_thought=is_inside)
 
 
-def chat_model(template: ChatTemplate | None, facts: ModelFacts, setting: str) -> ChatModel:
+def chat_model(
+    template: ChatTemplate | None, facts: ModelFacts, setting: str, declared: Format | None = None
+) -> ChatModel:
     """Returns how a model chats. Raises ValueError for a tool format that there is not.
 
     setting: ``ServerSettings.tool_format``.
+    declared: format of calls that the checkpoint itself declares.
     """
-    found = tool_format(template, setting)
+    found = tool_format(template, setting, declared)
     has_definitions = template is not None and template.chosen([TOOL]).forms.has_tools
     dialect = None
     if found.form is not None and facts.codec is not None:
