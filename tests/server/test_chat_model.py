@@ -62,11 +62,6 @@ def test_settings_go_before_the_directory(directory, tmp_path_factory):
     assert chat_report(directory, str(other), "glm")["tool_format"] == "glm"
 
 
-@pytest.mark.parametrize(("field", "value", "words"), [
-    ("tool_format", "hermess", "tool_format must be a .toml file or one of auto, none"),
-    ("tool_format", "gone.toml", "gone.toml: No such file"),
-    ("chat_template", "gone.jinja", "cannot read the chat template in gone.jinja"),
-])  # fmt: skip
 TEMPLATE = {
     "version": 1,
     "fields": {"tool_calls": {
@@ -87,6 +82,11 @@ def test_the_checkpoint_s_own_word_goes_before_what_its_template_shows(directory
     assert chat_report(directory, setting="granite")["tool_format"] == "granite"
 
 
+@pytest.mark.parametrize(("field", "value", "words"), [
+    ("tool_format", "hermess", "tool_format must be a .toml file or one of auto, none"),
+    ("tool_format", "gone.toml", "gone.toml: No such file"),
+    ("chat_template", "gone.jinja", "cannot read the chat template in gone.jinja"),
+])  # fmt: skip
 def test_a_setting_that_cannot_be_used_stops_the_start(directory, field: str, value: str, words: str):
     with pytest.raises(ValueError, match=words):
         Service(engine(), ServerSettings(**{field: value}), directory, "m")
