@@ -29,7 +29,8 @@ TEMPLATE = (
 
 
 def tool(name, parameters=None, strict=None):
-    function = {"name": name, "strict": strict} | ({} if parameters is None else {"parameters": parameters})
+    given = {"parameters": parameters, "strict": strict}
+    function = {"name": name} | {key: value for key, value in given.items() if value is not None}
     return {"type": "function", "function": function}
 
 
