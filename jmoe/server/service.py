@@ -27,7 +27,7 @@ from jmoe.server.request.grammars import Grammars
 from jmoe.server.request.prepared import PreparedRequest
 from jmoe.server.settings import ServerSettings
 from jmoe.server.template.chat_template import load_chat_template, load_turn_ends
-from jmoe.server.template.tool_format import declared_format
+from jmoe.server.template.tool_format import declared_template
 from jmoe.server.watch.answered import Answered, Observer, log_answer
 from jmoe.server.watch.metrics import Metrics
 from jmoe.server.watch.poll import Poll
@@ -53,7 +53,7 @@ class Service:
         self.engine, self.facts, self.settings = engine, engine.facts, settings
         self.model = settings.served_model_name or model
         template = None if directory is None else load_chat_template(directory, settings.chat_template)
-        declared = None if directory is None else declared_format(directory)
+        declared = None if directory is None else declared_template(directory)
         self.chat = chat_model(template, self.facts, settings.tool_format, declared)
         self.turn_ends = () if directory is None or self.facts.codec is None else load_turn_ends(directory)
         self.metrics = Metrics(engine)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from support.server.answers import check
-from support.server.chat_models import ASKED, FOLDER, LOOK
+from support.server.chat_models import ASKED, FOLDER, LOOK, checked
 from support.server.fake_engine import ByteCodec, FakeEngine, served
 
 from jmoe.server.service import Service
@@ -69,9 +69,12 @@ TEMPLATE = {
     }},
 }  # fmt: skip
 
+OWN = {"open": "<<", "close": ">>", "repeats": True, "content": "json"}
+
 
 @pytest.mark.parametrize(("declared", "form", "why"), [
-    (TEMPLATE, "hermes", "the checkpoint declares it (response_template)"),
+    (TEMPLATE, "hermes", "the checkpoint declares it"),
+    ({"fields": {"tool_calls": OWN}}, "response_template", "the checkpoint declares it"),
     (TEMPLATE | {"version": 2}, "glm", "a sample call"), ({"fields": {}}, "glm", "a sample call"),
 ])  # fmt: skip
 def test_the_checkpoint_s_own_word_goes_before_what_its_template_shows(directory, declared, form, why):
@@ -80,6 +83,16 @@ def test_the_checkpoint_s_own_word_goes_before_what_its_template_shows(directory
     report = chat_report(directory)
     assert report["tool_format"] == form and why in report["why"]
     assert chat_report(directory, setting="granite")["tool_format"] == "granite"
+
+
+def test_a_form_of_the_checkpoint_s_own_serves_calls_in_free_text(directory):
+    config = {"response_template": {"fields": {"tool_calls": OWN}}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    with served(engine(), directory) as client:
+        tools = client.service.chat.tools
+        assert checked(client.service.chat, [ASKED], tools=[LOOK]).tools.dialect is tools.dialect
+        forced = checked(client.service.chat, [ASKED], tools=[LOOK], tool_choice="required").tools
+        assert forced.dialect is tools.forced
 
 
 @pytest.mark.parametrize(("field", "value", "words"), [

@@ -15,6 +15,7 @@ from jmoe.server.dialects.events import Arguments, CallEnd, CallStart
 from jmoe.server.dialects.format import Format
 from jmoe.server.dialects.formats import FORMATS, HARMONY_ARGUMENTS, HARMONY_CALL, HARMONY_END
 from jmoe.server.dialects.reader import FormatReader
+from jmoe.server.dialects.response_template import ResponseTemplate
 
 AUTO, NONE = "auto", "none"
 # Texts that a template has only for the format of this name; the first one found counts.
@@ -69,20 +70,32 @@ CALLS = ((NAME, GIVEN), (OTHER, {}))
 
 @dataclass(frozen=True)
 class Detected:
-    """The format of a model's calls; None if it has none. ``why`` says in words how it was found."""
+    """The form of a model's calls.
+
+    form: format; None if it has none that is known.
+    why: words that say how it was found.
+    template: the checkpoint's own template of answers, if that is no known format.
+    """
 
     form: Format | None
     why: str
+    template: ResponseTemplate | None = None
+
+    @property
+    def name(self) -> str | None:
+        """The name of the form; None if there is none."""
+        return "response_template" if self.template else self.form and self.form.name
 
 
-def detect(render: Sample, source: str, declared: Format | None = None) -> Detected:
+def detect(render: Sample, source: str, declared: ResponseTemplate | None = None) -> Detected:
     """Returns the format of the model whose template ``render`` renders.
 
     source: the template's text.
-    declared: format that the checkpoint itself declares.
+    declared: template of answers that the checkpoint itself declares.
     """
     if declared is not None:
-        return Detected(declared, "the checkpoint declares it (response_template)")
+        form = declared.matching(FORMATS.values())
+        return Detected(form, "the checkpoint declares it", declared if form is None else None)
     for calls in (CALLS, CALLS[:1]):
         for text in _samples(render, calls):
             form = next((form for form in FORMATS.values() if _found(form, text) == list(calls)), None)

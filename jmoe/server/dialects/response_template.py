@@ -1,7 +1,7 @@
 """The ``response_template`` of a checkpoint's tokenizer_config.json, which says how its answers are parsed.
 
 Where a known format writes calls that the template reads back, the model has this format: then arguments
-stream and a grammar holds. Else the template itself reads an answer, once it is whole.
+stream and a grammar holds. Else the template itself reads an answer, once it is whole (``template_dialect``).
 """
 
 import json
@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jmoe.server.dialects.events import Arguments, CallEnd, CallStart, Event, Function, PlainText
 from jmoe.server.dialects.format import Format, Tagged
 
 PROBES: tuple[tuple[str, dict[str, Any]], ...] = (("look_up", {"city": 'a "b" <c>', "days": 3}), ("now", {}))
@@ -42,6 +41,12 @@ class ResponseTemplate:
             field.get("transform_each") is True,
         )
         self.repeats = field.get("repeats") is True
+        self.field = field
+
+    @property
+    def anchors(self) -> str:
+        """The expressions of the template, in which the names of tokens may be."""
+        return re.sub(r"\\(.)", r"\1", json.dumps(self.field, ensure_ascii=False))
 
     def read(self, answer: str) -> tuple[str, list[tuple[str, Any]]]:
         """Returns an answer's text and its calls' names and arguments. Raises ValueError for calls that it
@@ -99,30 +104,6 @@ class ResponseTemplate:
             ]:
                 return form
         return None
-
-
-class WholeReader:
-    """Reads an answer by its template once it is whole (``events.Reader``). What cannot be read is text."""
-
-    def __init__(self, template: ResponseTemplate, functions: Sequence[Function] = ()):
-        self.template, self.parts = template, list[str]()
-
-    def feed(self, text: str) -> list[Event]:
-        self.parts.append(text)
-        return []
-
-    def close(self) -> list[Event]:
-        answer = "".join(self.parts)
-        try:
-            text, calls = self.template.read(answer)
-        except (ValueError, KeyError, TypeError):
-            text, calls = answer, []
-        text = text.strip() if calls else text
-        events: list[Event] = [PlainText(text)] if text else []
-        for name, given in calls:
-            arguments = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-            events += [CallStart(name), Arguments(arguments), CallEnd()]
-        return events
 
 
 def written(form: Format, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:

@@ -144,7 +144,7 @@ def _choice(body: ChatRequest, names: list[str]) -> tuple[Choice, list[str]]:
 def _dialect(kind: Choice, support: ToolSupport) -> Dialect:
     """Returns the dialect of the answer's calls. JSON can be forced on a model of any kind."""
     refusal = support.refusal
-    if support.dialect is not None and refusal is None:
+    if support.dialect is not None and refusal is None and kind in support.dialect.choices:
         return support.dialect
     if kind == "auto":
         message = f"tool_choice 'auto' (the default with tools) is not possible with this model: {refusal}. "

@@ -17,14 +17,14 @@ log = logging.getLogger(__name__)
 
 
 def tool_format(
-    template: ChatTemplate | None, setting: str = AUTO, declared: Format | None = None
+    template: ChatTemplate | None, setting: str = AUTO, declared: ResponseTemplate | None = None
 ) -> Detected:
     """Returns the format of calls. Raises ValueError for a setting that is neither a format's name nor a file
     of one.
 
     template: the model's chat template; None = it has none.
     setting: "auto", "none", the name of a format or the path of its file.
-    declared: format that the checkpoint itself declares.
+    declared: template of answers that the checkpoint itself declares.
     """
     if setting == NONE:
         return Detected(None, "tool_format is 'none'")
@@ -36,14 +36,13 @@ def tool_format(
     return detect(chosen.probe, chosen.source, declared)
 
 
-def declared_format(directory: Path) -> Format | None:
-    """Returns the format whose calls the checkpoint's own ``response_template`` reads back; None if there is
-    no such template, or no such format."""
+def declared_template(directory: Path) -> ResponseTemplate | None:
+    """Returns the template of answers that the checkpoint declares; None if it has none that can be read."""
     declared = read_config(directory).values.get("response_template")
     if not isinstance(declared, Mapping):
         return None
     try:
-        return ResponseTemplate(declared).matching(FORMATS.values())
+        return ResponseTemplate(declared)
     except ValueError as error:
         log.info("the checkpoint's form of answers is not used: %s", error)
         return None

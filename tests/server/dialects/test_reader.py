@@ -232,6 +232,16 @@ def test_other_layouts_of_json_are_read_too(name):
         ]
 
 
+def test_glm_without_line_ends():
+    given = "<arg_key>city</arg_key><arg_value>P</arg_value>"
+    answer = f"<tool_call>look{given}</tool_call><tool_call>now</tool_call>"
+    for size in range(1, len(answer)):
+        assert read(FORMATS["glm"], pieces(answer, size)) == (
+            "",
+            [["look", '{"city": "P"}', True], ["now", "{}", True]],
+        )
+
+
 def test_tagged_values_in_the_words_of_python():
     values = "<parameter=dry>\nTrue\n</parameter>\n<parameter=env>\nNone\n</parameter>\n"
     answer = f"<tool_call>\n<function=run>\n{values}</function>\n</tool_call>"

@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from support.server.call_texts import WRITERS, plain
+from support.server.call_texts import MARKERS, WRITERS, plain
 
 from jmoe.server.dialects.events import Arguments, CallEnd, CallStart, PlainText
 from jmoe.server.dialects.formats import FORMATS
-from jmoe.server.dialects.response_template import ResponseTemplate, WholeReader, written
+from jmoe.server.dialects.response_template import ResponseTemplate, written
+from jmoe.server.dialects.template_dialect import TemplateDialect
 
 CALLS = [("look", {"city": 'a "b" <c>', "days": 3}), ("now", {})]
 FUNCTION = {"type": "function", "function": "{content}"}
@@ -59,11 +60,24 @@ def test_the_probe_is_what_a_family_writes(name):
 @pytest.mark.parametrize("name", FIELDS)
 def test_an_answer_is_read_whole(name):
     answer = "So:" + WRITERS[name](CALLS, plain)
-    reader = WholeReader(ResponseTemplate(template(FIELDS[name])))
+    reader = TemplateDialect(ResponseTemplate(template(FIELDS[name])), {}).reader("auto", [])
     assert [reader.feed(answer[i : i + 7]) for i in range(0, len(answer), 7)] == [[]] * -(-len(answer) // 7)
     text, *events = reader.close()
     assert text == PlainText("So:") and [type(e) for e in events] == [CallStart, Arguments, CallEnd] * 2
     assert [(e.name, json.loads(a.text)) for e, a in zip(events[::3], events[1::3], strict=True)] == CALLS
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_markers_that_are_tokens_reach_the_template(name):
+    tokens = {marker: 300 + i for i, marker in enumerate(MARKERS)}
+    made = TemplateDialect(ResponseTemplate(template(FIELDS[name])), tokens)
+    assert made.grammar([], "auto", parallel=True) is None and made.marks
+    marks = {marker: made.marks.get(id, marker) for marker, id in tokens.items()}
+    reader = made.reader("auto", [])
+    events = reader.feed(WRITERS[name](CALLS, marks.__getitem__)) + reader.close()
+    assert [e.name for e in events if isinstance(e, CallStart)] == [called for called, _ in CALLS]
+    reader = made.reader("auto", [])
+    assert reader.feed(f"a{next(iter(made.marks.values()))}") + reader.close() == [PlainText("a")]
 
 
 @pytest.mark.parity
@@ -78,7 +92,7 @@ def test_transformers_reads_the_same_calls(name):
 def test_text_without_calls_and_calls_that_cannot_be_read_are_text():
     made = ResponseTemplate(template(FIELDS["hermes"]))
     for answer in ("Hi \n", "<tool_call>\n{nothing}\n</tool_call>", "<tool_call>\n3\n</tool_call>"):
-        reader = WholeReader(made)
+        reader = TemplateDialect(made, {}).reader("auto", [])
         assert reader.feed(answer) + reader.close() == [PlainText(answer)]
 
 

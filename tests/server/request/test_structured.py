@@ -30,7 +30,7 @@ TEMPLATE = (
 
 def tool(name, parameters=None, strict=None):
     given = {"parameters": parameters, "strict": strict}
-    function = {"name": name} | {key: value for key, value in given.items() if value is not None}
+    function = {"name": name} | {field: value for field, value in given.items() if value is not None}
     return {"type": "function", "function": function}
 
 
@@ -232,6 +232,16 @@ BAD = [
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x\n", "schema": {}}}},
      "response_format.json_schema.name", VALUE),
 ]  # fmt: skip
+
+
+def test_a_schema_that_cannot_be_followed_is_any_object_unless_it_is_strict(client):
+    wrong = {"type": "object", "properties": {"a": {"type": "arr"}}}
+    for strict, status in ((None, 200), (False, 200), (True, 400)):
+        tools = [tool("f", wrong, strict), tool("g", {"type": "object", "uniqueItems": True})]
+        body = {"messages": USER, "max_tokens": 2, "tools": tools, "tool_choice": "required"}
+        response = client.post(CHAT, json=body)
+        assert response.status_code == status, response.text
+    assert "the parameters of 'f': " in check(response, 400, "tools", VALUE)
 
 
 @pytest.mark.parametrize(("change", "param", "code"), BAD)

@@ -6,7 +6,9 @@ from jmoe.engine.reports import ModelFacts
 from jmoe.engine.text.codec import TextCodec
 from jmoe.engine.text.markup import PLAIN, Markup
 from jmoe.server.dialects.dialect import format_dialect
-from jmoe.server.dialects.format import Format
+from jmoe.server.dialects.marks import apart_tokens
+from jmoe.server.dialects.response_template import ResponseTemplate
+from jmoe.server.dialects.template_dialect import TemplateDialect
 from jmoe.server.request.conversation.literals import Literals
 from jmoe.server.request.tools import ToolSupport, ToolUse
 from jmoe.server.template.chat_template import ChatTemplate
@@ -67,16 +69,19 @@ class ChatModel:
 
 
 def chat_model(
-    template: ChatTemplate | None, facts: ModelFacts, setting: str, declared: Format | None = None
+    template: ChatTemplate | None, facts: ModelFacts, setting: str, declared: ResponseTemplate | None = None
 ) -> ChatModel:
     """Returns how a model chats. Raises ValueError for a tool format that there is not.
 
     setting: ``ServerSettings.tool_format``.
-    declared: format of calls that the checkpoint itself declares.
+    declared: template of answers that the checkpoint itself declares.
     """
     found = tool_format(template, setting, declared)
     has_definitions = template is not None and template.chosen([TOOL]).forms.has_tools
     dialect = None
     if found.form is not None and facts.codec is not None:
         dialect = format_dialect(found.form, facts.codec.tokenizer, facts.vocab_size)
+    if found.template is not None and facts.codec is not None:
+        tokens = apart_tokens(facts.codec.tokenizer, facts.vocab_size)
+        dialect = TemplateDialect(found.template, tokens)
     return ChatModel(template, facts.codec, ToolSupport(dialect, found.why, has_definitions))
