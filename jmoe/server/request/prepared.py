@@ -54,7 +54,8 @@ class PreparedRequest:
                 params=params,
                 emit=partial(emit, i),
                 arrival_time=arrival_time,
-                constraint=None if grammar is None else grammar.constraint(),
+                constraint=None if grammar is None else grammar.constraint(self.prompts[i // n].markup),
+                markup=self.prompts[i // n].markup,
             )
             for i, params in enumerate(self.params)
         ]

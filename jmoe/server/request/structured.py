@@ -50,8 +50,9 @@ def requested_grammar(body: GenerationRequest, tools: ToolUse | None = None) -> 
     param, *others = makers
     if others:
         raise invalid(f"{param} and {others[0]} both say what the answer must be; give one", others[0])
+    is_open = tools is not None and tools.choice == "auto"
     for field in ("ignore_eos", "min_tokens"):
-        if getattr(body, field):
+        if getattr(body, field) and not is_open:
             raise invalid(f"{field} contradicts {param}, which says where the answer ends", field)
     try:
         grammar = makers[param]()

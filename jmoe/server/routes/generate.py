@@ -48,12 +48,11 @@ def _completion(service: Service, raw: bytes) -> tuple[PreparedRequest, AnswerFo
 
 def _chat(service: Service, raw: bytes) -> tuple[PreparedRequest, AnswerFormat]:
     """Does all work whose time grows with the body."""
-    chat = check_chat(service.decode(raw, ChatRequest))
+    chat = check_chat(service.decode(raw, ChatRequest), service.chat.tools)
     body, tools = chat.body, chat.tools
     params, n = chat_params(chat, service.facts.vocab_size, service.turn_ends), body.n or 1
     encoder = _encoder(service, adds_special=bool(body.add_special_tokens))
-    shown, variables = None if tools is None else tools.definitions, body.chat_template_kwargs or {}
-    prompt = chat_prompt(body.messages, service.template, encoder, shown, variables)
+    prompt = chat_prompt(chat, service.chat, encoder)
     fields = ChoiceFields(encoder.codec, n, params.logprobs, bool(body.return_token_ids))
     form = ChatFormat(fields) if tools is None else ToolFormat(fields, tools)
     return PreparedRequest(body, [prompt], fan_out(params, 1, n), chat.grammar, "messages"), form
