@@ -17,7 +17,14 @@ def detokenizers(requests: Sequence[Request], codec: TextCodec | None) -> dict[s
 
 def _detokenizer(request: Request, codec: TextCodec) -> Detokenizer:
     prompt = None if request.constraint is not None else request.prompt_token_ids
-    return Detokenizer(codec, request.params.stop, prompt)
+    params = request.params
+    return Detokenizer(
+        codec,
+        params.stop,
+        prompt,
+        keeps_stop=params.include_stop_str_in_output,
+        shows_special=not params.skip_special_tokens,
+    )
 
 
 def accept(request: Request, token: int) -> str | None:
@@ -71,6 +78,9 @@ class Answers:
         detokenizer = self._texts.get(request.id)
         if finish is not None:
             stopped_by = token if token in params.stop_token_ids else None
+            if detokenizer is not None and detokenizer.shows_end(token):
+                text = detokenizer.push(token, may_stop=False)
+                thoughts = detokenizer.thoughts
         elif detokenizer is not None:
             text = detokenizer.push(token, may_stop=len(request.token_ids) >= params.min_tokens)
             thoughts = detokenizer.thoughts

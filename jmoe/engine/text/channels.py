@@ -72,12 +72,15 @@ class AnswerText:
     """The growing text of an answer and, if the model separates them, of its thoughts.
 
     prompt: see ``GrowingText``. None also means that no channel is open at the start, as under a grammar.
+    shows_special: whether special tokens are spelled out, so that nothing is separated.
     """
 
-    def __init__(self, token_bytes: TokenBytes, prompt: Sequence[int] | None):
-        marks = harmony_marks(token_bytes)
+    def __init__(
+        self, token_bytes: TokenBytes, prompt: Sequence[int] | None, *, shows_special: bool = False
+    ):
+        marks = None if shows_special else harmony_marks(token_bytes)
         self.channels = None if marks is None else Channels(marks, token_bytes, prompt or ())
-        self.text = GrowingText(token_bytes, prompt)
+        self.text = GrowingText(token_bytes, prompt, shows_special=shows_special)
         self.thoughts = GrowingText(token_bytes)
         self._separator = ""  # separates two messages of thoughts
 

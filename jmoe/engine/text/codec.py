@@ -111,13 +111,24 @@ class Detokenizer:
 
     prompt: tokens whose text this continues; the first word keeps its space if any text precedes it. None
         means that all bytes of every token count, as a grammar describes them.
+    keeps_stop: whether the text ends with the stop string, or with the text of the token that ends it.
+    shows_special: whether special tokens are spelled out, also the end token; channels are then not separated.
     thoughts: text of the model's other channels, if it has any, from the last ``push`` or ``flush``. Stop
         strings have no effect there.
     """
 
-    def __init__(self, codec: TextCodec, stop: Sequence[str] = (), prompt: Sequence[int] | None = None):
-        self.stop = tuple(stop)
-        self.text, self.thoughts = AnswerText(codec.token_bytes, prompt), ""
+    def __init__(
+        self,
+        codec: TextCodec,
+        stop: Sequence[str] = (),
+        prompt: Sequence[int] | None = None,
+        *,
+        keeps_stop: bool = False,
+        shows_special: bool = False,
+    ):
+        self.stop, self.keeps_stop = tuple(stop), keeps_stop
+        self.shown_ids = codec.token_bytes.special_ids if shows_special else frozenset()
+        self.text, self.thoughts = AnswerText(codec.token_bytes, prompt, shows_special=shows_special), ""
         self.num_end_spaces = 0 if prompt is None else codec.token_bytes.pieces.num_end_spaces
         self.pending_text = ""
         self.stop_match: str | None = None
@@ -133,10 +144,15 @@ class Detokenizer:
         found = [(at, s) for s in self.stop if (at := self.pending_text.find(s)) >= 0] if may_stop else []
         if found:
             at, self.stop_match = min(found)
+            at += len(self.stop_match) if self.keeps_stop else 0
             text, self.pending_text = self.pending_text[:at], ""
             return text
         stops = self.stop if may_stop else ()
         return self._release(max((_overlap(self.pending_text, s) for s in stops), default=0))
+
+    def shows_end(self, token_id: int) -> bool:
+        """Returns whether the text of a token that ends the answer belongs to the text."""
+        return self.keeps_stop or token_id in self.shown_ids
 
     def flush(self) -> str:
         """Returns all text that is still held. It is called after the last token."""
