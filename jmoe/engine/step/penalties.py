@@ -107,4 +107,4 @@ def penalize(
     # Neither an extreme penalty may make a logit infinite, nor a limit a forbidden token's finite.
     scaled_BV = jnp.clip(scaled_BV, -LARGEST, LARGEST)
     logits_BV = jnp.where((counts_BV != 0) & (logits_BV > -jnp.inf), scaled_BV, logits_BV)
-    return logits_BV - frequency_B1 * number_BV - presence_B1 * (number_BV > 0)
+    return logits_BV - frequency_B1 * number_BV - jnp.where(number_BV > 0, presence_B1, 0.0)

@@ -40,7 +40,10 @@ def token_limits(
 def _sequences(bad_words: Iterable[str], codec: TextCodec) -> list[tuple[int, ...]]:
     """Returns the different token sequences of the words, without and with a space in front."""
     texts = [text for word in bad_words for text in (word.lstrip(), f" {word.lstrip()}")]
-    encoded = (tuple(codec.encode(text, special=False)) for text in texts)
+    try:
+        encoded = [tuple(codec.encode(text, special=False)) for text in texts]
+    except ValueError as error:
+        raise ValueError(f"bad_words: {error}") from None
     return [*dict.fromkeys(ids for ids in encoded if ids)]
 
 

@@ -75,9 +75,7 @@ class AnswerText:
     shows_special: whether special tokens are spelled out, so that nothing is separated.
     """
 
-    def __init__(
-        self, token_bytes: TokenBytes, prompt: Sequence[int] | None, *, shows_special: bool = False
-    ):
+    def __init__(self, token_bytes: TokenBytes, prompt: Sequence[int] | None, *, shows_special: bool = False):
         marks = None if shows_special else harmony_marks(token_bytes)
         self.channels = None if marks is None else Channels(marks, token_bytes, prompt or ())
         self.text = GrowingText(token_bytes, prompt, shows_special=shows_special)
