@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.oracles.penalties import restated
 
 from jmoe.engine.request import Request, SamplingParams, TokenLimits
 from jmoe.engine.schedule.plan import Run
@@ -28,17 +29,6 @@ VOCAB, SEATS = 32, 4
 ids = st.lists(st.integers(0, VOCAB - 1), max_size=40)
 COUNT = jax.jit(count_last)
 PENALIZE = jax.jit(lambda logits, counts, seats, given: penalize(logits, SeatCounts(counts, seats), given))
-
-
-def restated(logits: np.ndarray, prompt: list[int], answer: list[int], params: SamplingParams) -> np.ndarray:
-    """Returns one row's logits with penalties, token by token, in float64."""
-    out = logits.astype(np.float64)
-    for token in {*prompt, *answer}:
-        r = params.repetition_penalty
-        out[token] = out[token] / r if out[token] > 0 else out[token] * r
-    for token in set(answer):
-        out[token] -= params.frequency_penalty * answer.count(token) + params.presence_penalty
-    return out
 
 
 @given(
