@@ -180,7 +180,8 @@ def test_other_values_of_these_fields_are_refused_by_name(client):
         refused(client, CHAT, name, True)
     for name in ON[1:3]:
         refused(client, TEXT, name, False)
-    for name, value in {"truncate_prompt_tokens": 4, "best_of": 3, "typical_p": 0.9, "n_predict": 5, "mirostat": 2, "documents": [{"text": "x"}],
+    for name, value in {"truncate_prompt_tokens": 4, "best_of": 3, "typical_p": 0.9, "n_predict": 5,
+                        "mirostat": 2, "documents": [{"text": "x"}],
                         "dry_multiplier": 0.8, "vllm_xargs": {"a": 1}, "include_reasoning": False,
                         "length_penalty": True, "guided_json": {}, "request_id": "x"}.items():  # fmt: skip
         refused(client, CHAT, name, value)

@@ -24,7 +24,7 @@ LARGEST = float(np.finfo(np.float32).max)
 class SeatCounts(NamedTuple):
     """The counts of all seats, and the seats of a step's rows.
 
-    counts_SV: for each seat and token, how often the answer has the token, and ``PROMPT`` if the prompt has it.
+    counts_SV: for each seat and token, occurrences in the answer, and ``PROMPT`` if the prompt has it.
     seats_B: seat of each row; a number past the last seat for none.
     """
 

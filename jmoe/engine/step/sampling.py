@@ -172,11 +172,13 @@ def _draw(logits_BV: Array, rows: SamplingRows, greedy_B: Array) -> Array:
 
 
 def _truncate(scaled_BV: Array, rows: SamplingRows) -> Array:
-    """Keeps the top_k likeliest tokens, of those the smallest set whose probability reaches top_p, and of
-    those the tokens with at least min_p times the likeliest token's probability.
+    """Keeps the tokens with at least min_p times the likeliest token's probability, of those the top_k
+    likeliest, and of those the smallest set whose probability reaches top_p: the order of vLLM.
 
     Tokens as likely as the least likely token kept stay too.
     """
+    lowest_B1 = jnp.max(scaled_BV, axis=-1, keepdims=True) + jnp.log(jnp.asarray(rows.min_p_B))[:, None]
+    scaled_BV = jnp.where(scaled_BV >= lowest_B1, scaled_BV, -jnp.inf)
     k_B = jnp.where(rows.top_k_B > 0, rows.top_k_B, scaled_BV.shape[1])
     scaled_BV = _at_least(scaled_BV, lambda kept_BV: jnp.sum(kept_BV, axis=-1, dtype=jnp.int32) >= k_B)
     share_BV = jax.nn.softmax(scaled_BV, axis=-1)
@@ -186,9 +188,7 @@ def _truncate(scaled_BV: Array, rows: SamplingRows) -> Array:
         # An empty set reaches a top_p of 0 (a top_p too small for float32 is 0 too), but one token must stay.
         return (total_B >= rows.top_p_B) & (total_B > 0) & (rows.top_p_B < 1)
 
-    scaled_BV = _at_least(scaled_BV, reaches)
-    lowest_B1 = jnp.max(scaled_BV, axis=-1, keepdims=True) + jnp.log(jnp.asarray(rows.min_p_B))[:, None]
-    return jnp.where(scaled_BV >= lowest_B1, scaled_BV, -jnp.inf)
+    return _at_least(scaled_BV, reaches)
 
 
 def _at_least(x_BV: Array, is_enough: Callable[[Array], Array]) -> Array:

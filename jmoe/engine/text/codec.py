@@ -112,7 +112,7 @@ class Detokenizer:
     prompt: tokens whose text this continues; the first word keeps its space if any text precedes it. None
         means that all bytes of every token count, as a grammar describes them.
     keeps_stop: whether the text ends with the stop string, or with the text of the token that ends it.
-    shows_special: whether special tokens are spelled out, also the end token; channels are then not separated.
+    shows_special: whether special tokens are spelled out, also the end token; channels are not separated.
     thoughts: text of the model's other channels, if it has any, from the last ``push`` or ``flush``. Stop
         strings have no effect there.
     """

@@ -91,7 +91,7 @@ def check_chat(body: ChatRequest) -> CheckedChat:
     tools = tool_use(body)
     if tools is not None and body.skip_special_tokens is False:
         raise invalid(
-            "skip_special_tokens: false is not available with tools: calls are read from the text without them",
+            "skip_special_tokens: false is not available with tools, whose calls are read from the text",
             "skip_special_tokens",
         )
     for name in body.chat_template_kwargs or ():
