@@ -13,7 +13,6 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jmoe.engine.request import Request
 from jmoe.engine.schedule.plan import Run
 
 PROMPT = 1 << 14  # the bit that says that the prompt has the token; the bits below it count the answer's
