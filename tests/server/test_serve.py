@@ -101,7 +101,7 @@ def test_penalties_bad_words_and_scores_of_the_prompt(client):
         by_rank = sorted(scores.values(), key=lambda each: each["rank"])
         assert [each["logprob"] for each in by_rank] == sorted((e["logprob"] for e in by_rank), reverse=True)
         assert [each["rank"] for each in by_rank[:2]] == [1, 2]
-    with pytest.raises(openai.BadRequestError, match="bad_words: 200 sequences .* limit of 128"):
+    with pytest.raises(openai.BadRequestError, match=r"bad_words: 200 sequences .* limit of 128"):
         text(bad_words=[f"verylongword{i}" for i in range(100)])
 
 
