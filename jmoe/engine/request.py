@@ -11,6 +11,7 @@ from msgspec import Meta
 from jmoe.config.counters import USAGE, names
 from jmoe.config.reading import Positive, check_fields
 from jmoe.engine.page_names import PageNames
+from jmoe.engine.text.markup import PLAIN, Markup
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 256
@@ -135,12 +136,13 @@ class Output:
     """One increment of a request's answer; the last one carries ``finish_reason``.
 
     text: text that became certain; it never holds half a character nor the beginning of a stop string.
-    thoughts: the same for the channels other than the final one, if the model answers in channels.
+    thoughts: the same for what the model writes apart from its answer: its other channels, or its thoughts.
     prompt_logprobs: one entry per prompt token, None for the first; they are sent once, with the first
         increment.
     error: one-line cause if ``finish_reason`` is "error".
     is_invalid: whether the request itself is that cause, so that sending it again cannot help.
     moe: counts that are sent with the last increment, if anything lossy is configured.
+    num_thought_tokens: number of the tokens that belong to thoughts.
     """
 
     request_id: str
@@ -154,6 +156,7 @@ class Output:
     error: str | None = None
     is_invalid: bool = False
     moe: MoEUsage | None = None
+    num_thought_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,7 @@ class Request:
     arrival_time: time at which the engine got the request.
     constraint: grammar of the answer; None allows every token.
     limits: limits on its tokens that its parameters set, which the engine prepares; None before that.
+    markup: marks by which the answer's text is divided.
     token_ids: generated tokens that the host has seen.
     state: state that the scheduler keeps of the request.
     start_time: time of its first admission; None while it waits.
@@ -207,7 +211,8 @@ class Request:
     emit: Callable[[Output], None]
     arrival_time: float
     constraint: Constraint | None = None
-    limits: "TokenLimits | None" = None
+    limits: TokenLimits | None = None
+    markup: Markup = PLAIN
     token_ids: list[int] = field(default_factory=list)
     state: "RequestState" = field(default_factory=lambda: RequestState())
     start_time: float | None = None

@@ -22,6 +22,7 @@ def _detokenizer(request: Request, codec: TextCodec) -> Detokenizer:
         codec,
         params.stop,
         prompt,
+        request.markup,
         keeps_stop=params.include_stop_str_in_output,
         shows_special=not params.skip_special_tokens,
     )
@@ -74,16 +75,14 @@ class Answers:
         scores: see ``token_logprob``.
         """
         params, finish, stopped_by = request.params, self._end_reason(request, token), None
-        text = thoughts = ""
+        text, thoughts, is_thought = "", "", False
         detokenizer = self._texts.get(request.id)
         if finish is not None:
             stopped_by = token if token in params.stop_token_ids else None
-            if detokenizer is not None and detokenizer.shows_end(token):
-                text = detokenizer.push(token, may_stop=False)
-                thoughts = detokenizer.thoughts
+            text = "" if detokenizer is None else detokenizer.push_end(token)
         elif detokenizer is not None:
             text = detokenizer.push(token, may_stop=len(request.token_ids) >= params.min_tokens)
-            thoughts = detokenizer.thoughts
+            thoughts, is_thought = detokenizer.thoughts, detokenizer.is_thought
             if detokenizer.stop_match is not None:
                 finish, stopped_by = "stop", detokenizer.stop_match
         is_full = len(request.token_ids) == params.max_tokens or request.length == self.max_model_len
@@ -100,6 +99,7 @@ class Answers:
             (token,),
             text=text,
             thoughts=thoughts,
+            num_thought_tokens=int(is_thought),
             logprobs=logprobs,
             prompt_logprobs=self.scores.take(request),
             finish_reason=finish,

@@ -2,15 +2,19 @@
 
 An answer of gpt-oss is several messages; the channel "final" holds the text for the reader:
 ``<|channel|>analysis<|message|>thoughts<|end|><|start|>assistant<|channel|>final<|message|>text<|return|>``.
+A message to a function is a call: ``<|channel|>commentary to=functions.NAME<|message|>ARGUMENTS<|call|>``.
 """
 
 from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 
-from jmoe.engine.text.token_bytes import GrowingText, TokenBytes
+from jmoe.engine.text.markup import HARMONY_ARGUMENTS, HARMONY_CALL
+from jmoe.engine.text.token_bytes import TokenBytes
 
 FINAL = "final"
+TO = "to="
+FUNCTIONS = "functions."
 
 
 class Marks(NamedTuple):
@@ -39,13 +43,19 @@ def harmony_marks(token_bytes: TokenBytes) -> Marks | None:
 class Channels:
     """Follows an answer's tokens. A message without a channel, and text outside of messages, are final.
 
+    has_calls: whether a message to a function is a part of the text, between the marks of a call; if not, it
+        is thoughts.
     is_final: whether the next tokens are text for the reader.
+    is_call: whether they are the arguments of a call.
     header: text so far of a message's header, which is neither answer nor thoughts; None outside of a header.
+    role: the header's text before its channel.
     """
 
-    def __init__(self, marks: Marks, token_bytes: TokenBytes, prompt: Sequence[int]):
-        self.marks, self.token_bytes = marks, token_bytes
-        self.is_final, self.header = True, None
+    def __init__(self, marks: Marks, token_bytes: TokenBytes, prompt: Sequence[int], *, has_calls: bool):
+        self.marks, self.token_bytes, self.has_calls = marks, token_bytes, has_calls
+        # An answer that may call follows a grammar, by which it begins within a message's header.
+        self.is_final, self.role, self.header = True, "", "" if has_calls else None
+        self.is_call = False
         for id in self._open_message(prompt):
             self.take(id)
 
@@ -56,46 +66,27 @@ class Channels:
         last, before = [*islice(backwards, 2), -1, -1][:2]
         return prompt[before : last + 1] if before >= 0 and prompt[last] == self.marks.message else ()
 
-    def take(self, id: int) -> None:
+    def take(self, id: int) -> str:
+        """Follows one token. Returns the text that it adds as a mark: the beginning of a call, or ""."""
+        self.is_call = self.is_call and id not in self.marks
         if id in (self.marks.start, self.marks.channel):
-            self.header, self.is_final = "", id == self.marks.start
+            self.is_final = id == self.marks.start
+            self.role, self.header = "" if self.is_final else self.header or "", ""
         elif id == self.marks.message:
-            self.is_final = self.is_final or (self.header or "").split()[:1] == [FINAL]
-            self.header = None
+            role, header, self.header = self.role, self.header or "", None
+            if self.has_calls and (name := _function(f"{role} {header}")):
+                self.is_final = self.is_call = True
+                return f"{HARMONY_CALL}{name}{HARMONY_ARGUMENTS}"
+            self.is_final = self.is_final or header.split()[:1] == [FINAL]
         elif id == self.marks.end:
             self.header, self.is_final = None, True
-        elif self.header is not None and id not in self.token_bytes.special_ids:
-            self.header += self.token_bytes(id).decode(errors="replace")
+        elif self.header is not None:
+            is_special = id in self.token_bytes.special_ids
+            self.header += " " if is_special else self.token_bytes(id).decode(errors="replace")
+        return ""
 
 
-class AnswerText:
-    """The growing text of an answer and, if the model separates them, of its thoughts.
-
-    prompt: see ``GrowingText``. None also means that no channel is open at the start, as under a grammar.
-    shows_special: whether special tokens are spelled out, so that nothing is separated.
-    """
-
-    def __init__(self, token_bytes: TokenBytes, prompt: Sequence[int] | None, *, shows_special: bool = False):
-        marks = None if shows_special else harmony_marks(token_bytes)
-        self.channels = None if marks is None else Channels(marks, token_bytes, prompt or ())
-        self.text = GrowingText(token_bytes, prompt, shows_special=shows_special)
-        self.thoughts = GrowingText(token_bytes)
-        self._separator = ""  # separates two messages of thoughts
-
-    def push(self, id: int) -> tuple[str, str]:
-        """Returns the characters of the text, and of the thoughts, that the token completes."""
-        if self.channels is None:
-            return self.text.push(id), ""
-        self.channels.take(id)
-        if self.channels.header is not None:
-            return "", ""
-        if self.channels.is_final:
-            return self.text.push(id), ""
-        if id != self.channels.marks.message:
-            self._separator = "\n"
-            return "", self.thoughts.push(id)
-        return "", self._separator
-
-    def flush(self) -> tuple[str, str]:
-        """Returns what is left of incomplete characters: of the text, and of the thoughts."""
-        return self.text.flush(), self.thoughts.flush()
+def _function(header: str) -> str:
+    """Returns the name of the function that the message is for, or ""."""
+    to = next((word for word in header.split() if word.startswith(TO + FUNCTIONS)), "")
+    return to.removeprefix(TO + FUNCTIONS)

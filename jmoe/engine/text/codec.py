@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from jmoe.checkpoint.source import ModelFiles, source_of
-from jmoe.engine.text.channels import AnswerText
+from jmoe.engine.text.answer_text import AnswerText, Piece
 from jmoe.engine.text.fewest_tokens import FewestTokens
+from jmoe.engine.text.markup import PLAIN, Markup
 from jmoe.engine.text.token_bytes import TokenBytes
 from jmoe.engine.text.tokenizer_files import guarded, load_tokenizer, missing
 
@@ -111,10 +112,11 @@ class Detokenizer:
 
     prompt: tokens whose text this continues; the first word keeps its space if any text precedes it. None
         means that all bytes of every token count, as a grammar describes them.
+    markup: marks that stand in the text, and the texts around the model's thoughts.
     keeps_stop: whether the text ends with the stop string, or with the text of the token that ends it.
-    shows_special: whether special tokens are spelled out, also the end token; channels are not separated.
-    thoughts: text of the model's other channels, if it has any, from the last ``push`` or ``flush``. Stop
-        strings have no effect there.
+    shows_special: whether special tokens are spelled out, also the end token; then nothing is separated.
+    thoughts: thoughts that the last call brought. Stop strings have no effect there.
+    is_thought: whether the token of the last call is one of the thoughts.
     """
 
     def __init__(
@@ -122,13 +124,14 @@ class Detokenizer:
         codec: TextCodec,
         stop: Sequence[str] = (),
         prompt: Sequence[int] | None = None,
+        markup: Markup = PLAIN,
         *,
         keeps_stop: bool = False,
         shows_special: bool = False,
     ):
         self.stop, self.keeps_stop = tuple(stop), keeps_stop
-        self.shown_ids = codec.token_bytes.special_ids if shows_special else frozenset()
-        self.text, self.thoughts = AnswerText(codec.token_bytes, prompt, shows_special=shows_special), ""
+        self.text = AnswerText(codec.token_bytes, prompt, markup, shows_special=shows_special)
+        self.thoughts, self.is_thought = "", False
         self.num_end_spaces = 0 if prompt is None else codec.token_bytes.pieces.num_end_spaces
         self.pending_text = ""
         self.stop_match: str | None = None
@@ -139,8 +142,7 @@ class Detokenizer:
 
         may_stop: whether a stop string still counts; if not, everything is released.
         """
-        text, self.thoughts = self.text.push(token_id)
-        self.pending_text += text
+        self._take(self.text.push(token_id))
         found = [(at, s) for s in self.stop if (at := self.pending_text.find(s)) >= 0] if may_stop else []
         if found:
             at, self.stop_match = min(found)
@@ -150,17 +152,22 @@ class Detokenizer:
         stops = self.stop if may_stop else ()
         return self._release(max((_overlap(self.pending_text, s) for s in stops), default=0))
 
-    def shows_end(self, token_id: int) -> bool:
-        """Returns whether the text of a token that ends the answer belongs to the text."""
-        return self.keeps_stop or token_id in self.shown_ids
+    def push_end(self, token_id: int) -> str:
+        """Returns the text released by a token that ends the answer: such a token may be a mark, or its text
+        is wanted."""
+        self._take(self.text.push(token_id) if self.keeps_stop else self.text.push_end(token_id))
+        return self._release(0)
 
     def flush(self) -> str:
         """Returns all text that is still held. It is called after the last token."""
-        text, self.thoughts = self.text.flush()
-        self.pending_text += text
+        self._take(self.text.flush())
         text = self._release(0)
         self.pending_text = ""
         return text
+
+    def _take(self, piece: Piece) -> None:
+        self.pending_text += piece.text
+        self.thoughts, self.is_thought = piece.thoughts, piece.is_thought
 
     def _release(self, num_pending: int) -> str:
         spaces = len(self.pending_text) - len(self.pending_text.rstrip(" "))

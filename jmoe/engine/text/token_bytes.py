@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from jmoe.engine.text.markup import PLAIN, Markup
 from jmoe.engine.text.tokenizer_files import guarded
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -130,6 +131,7 @@ class GrowingText:
 
     context: tokens that the text continues; None means unknown text, so that all bytes of every token count.
     shows_special: whether special tokens are spelled out.
+    markup: marks that stand in the text for tokens; the other tokens never add such a character.
     """
 
     def __init__(
@@ -138,12 +140,14 @@ class GrowingText:
         context: Sequence[int] | None = None,
         *,
         shows_special: bool = False,
+        markup: Markup = PLAIN,
     ):
         self._token_bytes = token_bytes
         self._hidden_ids: frozenset[int] = frozenset() if shows_special else token_bytes.special_ids
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._is_first = context is not None
         self._num_start_spaces = 0 if context is None else token_bytes.pieces.num_start_spaces
+        self._marks, self._dropped = markup.marks, dict.fromkeys(map(ord, markup.reserved))
         for id in self._relevant_tokens(context or ()):
             self.push(id)
 
@@ -160,6 +164,8 @@ class GrowingText:
 
     def push(self, id: int) -> str:
         """Returns the characters that the token completes."""
+        if id in self._marks:
+            return self._utf8.decode(b"", final=True) + self._marks[id]
         if id in self._hidden_ids:
             return ""
         chunk = self._token_bytes.first(id) if self._is_first else self._token_bytes(id)
@@ -169,7 +175,8 @@ class GrowingText:
         while self._num_start_spaces and chunk.startswith(b" "):
             chunk, self._num_start_spaces = chunk[1:], self._num_start_spaces - 1
         self._num_start_spaces = 0 if chunk else self._num_start_spaces
-        return self._utf8.decode(chunk)
+        text = self._utf8.decode(chunk)
+        return text.translate(self._dropped) if self._dropped else text
 
     def flush(self) -> str:
         """Returns what is left of a character that was not completed."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from msgspec import UNSET, UnsetType
 
 from jmoe.engine.request import Output, TokenLogprob
-from jmoe.engine.text.channels import AnswerText
+from jmoe.engine.text.answer_text import AnswerText
 from jmoe.server.answer.formats import (
     ChoiceFields,
     Outputs,
@@ -38,7 +38,7 @@ class Offsets:
         """Returns the offset of the answer's next token; for a part of a character, where the character
         begins."""
         offset = self.position
-        self.position += 0 if self.text is None else len(self.text.push(token_id)[0])
+        self.position += 0 if self.text is None else len(self.text.push(token_id).text)
         return offset
 
 

@@ -117,6 +117,7 @@ class FakeEngine:
                         self.facts.codec,
                         request.params.stop,
                         prompt,
+                        request.markup,
                         keeps_stop=request.params.include_stop_str_in_output,
                         shows_special=not request.params.skip_special_tokens,
                     )
@@ -213,19 +214,31 @@ class FakeEngine:
         for listener in self.listeners:
             listener.token(request, now)
         texts = self.texts.get(request.id)
-        text, finish, why = texts.push(token) if texts else "", None, None
-        thoughts = texts.thoughts if texts else ""
+        text, finish, why = "", None, None
         if token == EOS and not params.ignore_eos:
-            finish = "stop"
-        elif texts and texts.stop_match:
+            text, finish = texts.push_end(token) if texts else "", "stop"
+        elif texts:
+            text = texts.push(token)
+        thoughts, is_thought = (texts.thoughts, texts.is_thought) if texts else ("", False)
+        if texts and texts.stop_match:
             finish, why = "stop", texts.stop_match
-        elif done + 1 == params.max_tokens or request.length >= self.facts.max_model_len:
+        elif not finish and (done + 1 == params.max_tokens or request.length >= self.facts.max_model_len):
             finish = "length"
         if finish and texts and not texts.stop_match:
             text += texts.flush()
             thoughts += texts.thoughts
         logprobs = () if params.logprobs is None else (self._score(token, params.logprobs),)
-        output = Output(request.id, (token,), text, thoughts, logprobs, scores, finish, why)
+        output = Output(
+            request.id,
+            (token,),
+            text,
+            thoughts,
+            logprobs,
+            scores,
+            finish,
+            why,
+            num_thought_tokens=int(is_thought),
+        )
         if finish:
             self._end(request, output)
         else:
