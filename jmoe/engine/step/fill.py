@@ -131,7 +131,7 @@ def fill_biases(
 def fill_penalties(rows: SamplingRows, row: int, run: Run) -> None:
     """Writes a row's penalties; the step counts the row's last token if the seat's counts hold all tokens
     before it. Otherwise ``new_counts`` has all of them."""
-    rows.penalties_BN[row] = run.request.params.penalties
+    rows.penalties_B3[row] = run.request.params.penalties
     rows.last_B[row] = (run.request.part(run.start + run.count - 1, 1) or [-1])[0]
     rows.is_counted_B[row] = continues(run)
     rows.has_penalties[...] = True

@@ -91,16 +91,16 @@ def replace_counts(counts_SV: Array, seat: Array, row_V: Array) -> Array:
 
 
 def penalize(
-    logits_BV: Float[Array, "B V"], seen: SeatCounts, penalties_BN: Float[Array | np.ndarray, "B N"]
+    logits_BV: Float[Array, "B V"], seen: SeatCounts, penalties_B3: Float[Array | np.ndarray, "B 3"]
 ) -> Float[Array, "B V"]:
     """Returns the logits after the repetition penalty for tokens of the prompt or the answer, and then the
     frequency and the presence penalty for tokens of the answer.
 
-    penalties_BN: the three penalties of each row; 1, 0, 0 change no bit of a row.
+    penalties_B3: the three penalties of each row; 1, 0, 0 change no bit of a row.
     """
     counts_BV = seen.counts_SV.at[seen.seats_B].get(mode="fill", fill_value=0)
     number_BV = (counts_BV & MOST).astype(jnp.float32)
-    repetition_B1, frequency_B1, presence_B1 = jnp.split(jnp.asarray(penalties_BN), 3, axis=1)
+    repetition_B1, frequency_B1, presence_B1 = jnp.split(jnp.asarray(penalties_B3), 3, axis=1)
     scale_BV = jnp.where(counts_BV != 0, repetition_B1, 1.0)
     scaled_BV = jnp.where(logits_BV > 0, logits_BV / scale_BV, logits_BV * scale_BV)
     # Neither an extreme penalty may make a logit infinite, nor a limit a forbidden token's finite.

@@ -37,7 +37,7 @@ class SamplingRows:
     allowed_BW: bit mask: bit t % 32 of word t // 32 says whether token t may be sampled.
     last_B: token before the one to be sampled; -1 is the token sampled last for the row's seat.
     bans_BY2: pairs of ids: the second token may not follow the first; ids past the vocabulary for none.
-    penalties_BN: penalties of repetition, frequency and presence; 1, 0 and 0 are off.
+    penalties_B3: penalties of repetition, frequency and presence; 1, 0 and 0 are off.
     is_counted_B: whether the last token is added to the counts of the row's seat.
     has_biases: whether any row of the batch has a bias or a forbidden token.
     has_penalties: whether any row of the batch has a penalty.
@@ -55,7 +55,7 @@ class SamplingRows:
     allowed_BW: UInt32[HostOrDevice, "B W"]
     last_B: Int[HostOrDevice, " B"]
     bans_BY2: Int[HostOrDevice, "B Y 2"]
-    penalties_BN: Float[HostOrDevice, "B N"]
+    penalties_B3: Float[HostOrDevice, "B 3"]
     is_counted_B: Bool[HostOrDevice, " B"]
     has_biases: Bool[HostOrDevice, ""]
     has_penalties: Bool[HostOrDevice, ""]
@@ -76,7 +76,7 @@ def blank_rows(rows: int, vocab_size: int) -> SamplingRows:
         allowed_BW=np.full((rows, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32),
         last_B=np.full(rows, vocab_size, np.int32),
         bans_BY2=np.full((rows, MAX_BAD_SEQUENCES, 2), vocab_size, np.int32),
-        penalties_BN=np.tile(np.array(NO_PENALTIES, np.float32), (rows, 1)),
+        penalties_B3=np.tile(np.array(NO_PENALTIES, np.float32), (rows, 1)),
         is_counted_B=np.zeros(rows, bool),
         has_biases=np.zeros((), bool),
         has_penalties=np.zeros((), bool),
@@ -132,7 +132,7 @@ def _shape(logits_BV: Array, rows: SamplingRows, seen: SeatCounts | None) -> Arr
     if seen is None:
         return biased_BV
     return lax.cond(
-        rows.has_penalties, lambda: penalize(biased_BV, seen, rows.penalties_BN), lambda: biased_BV
+        rows.has_penalties, lambda: penalize(biased_BV, seen, rows.penalties_B3), lambda: biased_BV
     )
 
 
