@@ -22,8 +22,8 @@ LAYERS = {  # the parts of a package, lowest first: a part imports only from its
         "service", "routes", "app", "run",
     ),
     "jmoe.server.request": (
-        "bounds", "schema", "body", "decoding", "dialects", "tools", "structured", "checks", "grammars",
-        "messages", "prompts", "params", "prepared",
+        "bounds", "fields", "schema", "body", "decoding", "dialects", "tools", "structured", "checks",
+        "grammars", "messages", "prompts", "truncation", "params", "prepared",
     ),
 }  # fmt: skip
 SOURCES = sorted([*(ROOT / "jmoe").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType, defstruct
 
 from jmoe.config.counters import USAGE, names
-from jmoe.server.request.schema import Count, Strict
+from jmoe.server.request.fields import Count, Strict
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 

@@ -11,7 +11,8 @@ import msgspec
 
 from jmoe.server.errors import invalid, unsupported
 from jmoe.server.request.bounds import MAX_TOOL_CHARACTERS, exceeds
-from jmoe.server.request.schema import ChatRequest, CompletionRequest, GenerationRequest, Message, neutral
+from jmoe.server.request.fields import neutral
+from jmoe.server.request.schema import ChatRequest, CompletionRequest, GenerationRequest, Message
 from jmoe.server.request.structured import GrammarRequest, requested_grammar
 from jmoe.server.request.tools import ToolUse, tool_use
 from jmoe.server.template.chat_template import RESERVED
