@@ -19,7 +19,7 @@ from jmoe_kernels.paged_attention import LayerPages
 
 from jmoe.engine.step.counters import add_step
 from jmoe.engine.step.inputs import HostRows, StepInput
-from jmoe.engine.step.penalties import SeatCounts, count_last, replace_counts
+from jmoe.engine.step.penalties import Seats, count_last, replace_counts
 from jmoe.engine.step.sampling import Sampled, SamplingRows, logprobs, rank, sample, score
 from jmoe.engine.step.state import DeviceState, StepOutput
 from jmoe.engine.step.windows import WindowFunctions
@@ -76,28 +76,25 @@ def sample_tokens(
     column_RS1 = inputs.logit_columns_B.reshape(ranks, -1, 1)
     last_RSD = jnp.take_along_axis(hidden_RND.reshape(ranks, -1, dim), column_RS1, axis=1)
     with jax.named_scope("sample"):
-        rows, counts_SV = _with_last(inputs, latest_S, counts_SV)
-        seen = SeatCounts(counts_SV, inputs.seats_B)
-        sampled = sample(model.logits(last_RSD.reshape(-1, dim)), rows, seen)
+        rows = inputs.sampling_rows
+        seats = _with_last(rows, Seats(latest_S, counts_SV, inputs.seats_B))
+        sampled = sample(model.logits(last_RSD.reshape(-1, dim)), rows, seats)
     sampled = replace(
         sampled, num_lost=jnp.sum(jnp.stack([layer.num_lost for layer in stats]), dtype=jnp.int32)
     )
-    return sampled, latest_S.at[inputs.seats_B].set(sampled.ids_B, mode="drop"), counts_SV
+    return sampled, latest_S.at[inputs.seats_B].set(sampled.ids_B, mode="drop"), seats.counts_SV
 
 
-def _with_last(inputs: StepInput, latest_S: Array, counts_SV: Array) -> tuple[SamplingRows, Array]:
-    """Returns the sampling parameters with every row's last token, and the counts with the tokens that the
-    rows count."""
-    rows, seats_B = inputs.sampling_rows, inputs.seats_B
-    latest_B = latest_S.at[seats_B].get(mode="fill", fill_value=0)
-    last_B = jnp.where(jnp.asarray(rows.last_B) < 0, latest_B, rows.last_B)
-    counts_SV = lax.cond(
-        rows.has_penalties,
-        lambda counts_SV: count_last(counts_SV, seats_B, last_B, rows.is_counted_B),
-        lambda counts_SV: counts_SV,
-        counts_SV,
-    )
-    return replace(rows, last_B=last_B), counts_SV
+def _with_last(rows: SamplingRows, seats: Seats) -> Seats:
+    """Returns the seats with the counts of the tokens that the rows count. All of it is in a branch, because
+    on a mesh it may need a collective."""
+
+    def counted() -> Array:
+        last_B = seats.known(rows.last_B)
+        return count_last(seats.counts_SV, seats.seats_B, last_B, rows.is_counted_B)
+
+    counts_SV = lax.cond(rows.has_penalties, counted, lambda: seats.counts_SV)
+    return seats._replace(counts_SV=counts_SV)
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,22 @@ MOST = PROMPT - 1  # counts stay there
 LARGEST = float(np.finfo(np.float32).max)
 
 
-class SeatCounts(NamedTuple):
-    """The counts of all seats, and the seats of a step's rows.
+class Seats(NamedTuple):
+    """What the device keeps of all seats, and the seats of a step's rows.
 
+    latest_S: token sampled last for each seat.
     counts_SV: for each seat and token, occurrences in the answer, and ``PROMPT`` if the prompt has it.
     seats_B: seat of each row; a number past the last seat for none.
     """
 
+    latest_S: Int[Array, " S"]
     counts_SV: Int[Array, "S V"]
     seats_B: Int[Array | np.ndarray, " B"]
+
+    def known(self, last_B: Int[Array | np.ndarray, " B"]) -> Int[Array, " B"]:
+        """Returns the rows' last tokens, with the seat's latest token for -1."""
+        latest_B = self.latest_S.at[self.seats_B].get(mode="fill", fill_value=0)
+        return jnp.where(jnp.asarray(last_B) < 0, latest_B, last_B)
 
 
 def make_counts(seats: int, vocab_size: int) -> Array:
@@ -91,7 +98,7 @@ def replace_counts(counts_SV: Array, seat: Array, row_V: Array) -> Array:
 
 
 def penalize(
-    logits_BV: Float[Array, "B V"], seen: SeatCounts, penalties_B3: Float[Array | np.ndarray, "B 3"]
+    logits_BV: Float[Array, "B V"], seen: Seats, penalties_B3: Float[Array | np.ndarray, "B 3"]
 ) -> Float[Array, "B V"]:
     """Returns the logits after the repetition penalty for tokens of the prompt or the answer, and then the
     frequency and the presence penalty for tokens of the answer.

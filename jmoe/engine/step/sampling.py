@@ -13,7 +13,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int, UInt32
 
 from jmoe.engine.request import MAX_BAD_SEQUENCES, MAX_BIASES, MAX_LOGPROBS
-from jmoe.engine.step.penalties import SeatCounts, penalize
+from jmoe.engine.step.penalties import Seats, penalize
 
 HostOrDevice = Array | np.ndarray
 ENDS = 8  # most end tokens that ``min_tokens`` can forbid in a row
@@ -106,11 +106,10 @@ class Sampled:
     num_lost: Int[Array, ""] | None = None
 
 
-def sample(logits_BV: Float[Array, "B V"], rows: SamplingRows, seen: SeatCounts | None = None) -> Sampled:
+def sample(logits_BV: Float[Array, "B V"], rows: SamplingRows, seen: Seats | None = None) -> Sampled:
     """Samples one token per row. Shaping, truncating and scoring are done only if some row requests them.
 
-    rows: parameters; no ``last_B`` is -1.
-    seen: counts of the tokens before, which penalties need; None = no row has any.
+    seen: tokens before; None = no row has a penalty or needs its seat's latest token.
     """
     is_shaped = jnp.asarray(rows.has_biases) | rows.has_penalties
     shaped_BV = lax.cond(is_shaped, lambda: _shape(logits_BV, rows, seen), lambda: logits_BV)
@@ -125,10 +124,10 @@ def sample(logits_BV: Float[Array, "B V"], rows: SamplingRows, seen: SeatCounts 
     return Sampled(ids_B, chosen_B, top_ids_BA, top_BA, jnp.isfinite(jnp.max(logits_BV, axis=-1)))
 
 
-def _shape(logits_BV: Array, rows: SamplingRows, seen: SeatCounts | None) -> Array:
+def _shape(logits_BV: Array, rows: SamplingRows, seen: Seats | None) -> Array:
     """Returns the logits with each row's biases added, -inf at its forbidden tokens, and then its penalties:
     the order of vLLM."""
-    biased_BV = lax.cond(rows.has_biases, lambda: _bias(logits_BV, rows), lambda: logits_BV)
+    biased_BV = lax.cond(rows.has_biases, lambda: _bias(logits_BV, rows, seen), lambda: logits_BV)
     if seen is None:
         return biased_BV
     return lax.cond(
@@ -136,11 +135,12 @@ def _shape(logits_BV: Array, rows: SamplingRows, seen: SeatCounts | None) -> Arr
     )
 
 
-def _bias(logits_BV: Array, rows: SamplingRows) -> Array:
+def _bias(logits_BV: Array, rows: SamplingRows, seen: Seats | None) -> Array:
+    last_B = jnp.asarray(rows.last_B) if seen is None else seen.known(rows.last_B)
     row_B1 = jnp.arange(logits_BV.shape[0], dtype=jnp.int32)[:, None]
     biased_BV = logits_BV.at[row_B1, rows.bias_ids_BX].add(rows.bias_BX, mode="drop")
     before_BY, banned_BY = jnp.moveaxis(jnp.asarray(rows.bans_BY2), -1, 0)
-    ban_BY = jnp.where(before_BY == jnp.asarray(rows.last_B)[:, None], -jnp.inf, 0.0)
+    ban_BY = jnp.where(before_BY == last_B[:, None], -jnp.inf, 0.0)
     biased_BV = biased_BV.at[row_B1, banned_BY].add(ban_BY, mode="drop")
     token_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
     words_BV = jnp.asarray(rows.allowed_BW)[:, token_V // 32]

@@ -28,8 +28,8 @@ class Offsets:
         self.prompt, self.codec = prompt, fields.codec
         self.position, self.text = len(prompt.text) if echo else 0, None
         if fields.codec is not None:
-            shown = {"shows_special": fields.shows_special}
-            self.text = AnswerText(fields.codec.token_bytes, prompt.token_ids, **shown)
+            bytes_of, shown = fields.codec.token_bytes, fields.shows_special
+            self.text = AnswerText(bytes_of, prompt.token_ids, shows_special=shown)
 
     def prompt_offsets(self) -> list[int]:
         return [0] * len(self.prompt.token_ids) if self.codec is None else self.prompt.offsets(self.codec)

@@ -15,7 +15,7 @@ from jmoe.engine.schedule.plan import Run
 from jmoe.engine.step.fill import fill_biases, fill_limits, fill_penalties
 from jmoe.engine.step.penalties import (
     MOST,
-    SeatCounts,
+    Seats,
     count_last,
     counts_of,
     make_counts,
@@ -27,8 +27,9 @@ from jmoe.engine.step.sampling import blank_rows, sample
 
 VOCAB, SEATS = 32, 4
 ids = st.lists(st.integers(0, VOCAB - 1), max_size=40)
+LATEST = jnp.zeros(SEATS, jnp.int32)
 COUNT = jax.jit(count_last)
-PENALIZE = jax.jit(lambda logits, counts, seats, given: penalize(logits, SeatCounts(counts, seats), given))
+PENALIZE = jax.jit(lambda logits, counts, seats, given: penalize(logits, Seats(LATEST, counts, seats), given))
 
 
 @given(
@@ -132,9 +133,8 @@ def banned_after(sequences, answer: list[int], known: int, latest: int) -> set[i
     rows = blank_rows(VOCAB, VOCAB)
     for row in range(VOCAB):
         fill_limits(rows, row, request, len(answer))
-    last = np.where(rows.last_B < 0, latest, rows.last_B).astype(np.int32)
-    rows = dataclasses.replace(rows, last_B=last)
-    drawn = jax.jit(sample)(jnp.eye(VOCAB, dtype=jnp.float32), rows).ids_B
+    seats = Seats(LATEST.at[2].set(latest), make_counts(SEATS, VOCAB), np.full(VOCAB, 2, np.int32))
+    drawn = jax.jit(sample)(jnp.eye(VOCAB, dtype=jnp.float32), rows, seats).ids_B
     return {token for token, id in enumerate(np.asarray(drawn)) if id != token}
 
 
@@ -169,7 +169,7 @@ def test_the_order_is_that_of_vllm():
         mask[[*forbidden]] = False
         rows.allowed_BW[:] = np.packbits(mask, bitorder="little").view(np.uint32)
         rows.has_biases[...] = True
-        seen = SeatCounts(jnp.asarray(counts_of([3, 4], [], VOCAB))[None], np.zeros(1, np.int32))
+        seen = Seats(LATEST, jnp.asarray(counts_of([3, 4], [], VOCAB))[None], np.zeros(1, np.int32))
         assert int(sample(jnp.asarray(logits), rows, seen).ids_B[0]) == want
 
 
