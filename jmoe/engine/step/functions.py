@@ -82,7 +82,9 @@ def sample_tokens(
     sampled = replace(
         sampled, num_lost=jnp.sum(jnp.stack([layer.num_lost for layer in stats]), dtype=jnp.int32)
     )
-    return sampled, latest_S.at[inputs.seats_B].set(sampled.ids_B, mode="drop"), seats.counts_SV
+    # Without this the compiler divides the numbers of the seats among the devices, and gathers them here.
+    seats_B = replicated(jnp.asarray(inputs.seats_B), model.mesh)
+    return sampled, latest_S.at[seats_B].set(sampled.ids_B, mode="drop"), seats.counts_SV
 
 
 def _with_last(rows: SamplingRows, seats: Seats) -> Seats:
