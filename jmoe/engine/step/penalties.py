@@ -21,7 +21,7 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 class Seats(NamedTuple):
-    """What the device keeps of all seats, and the seats of a step's rows.
+    """The tokens that the device keeps of all seats, and the seats of a step's rows.
 
     latest_S: token sampled last for each seat.
     counts_SV: for each seat and token, occurrences in the answer, and ``PROMPT`` if the prompt has it.
