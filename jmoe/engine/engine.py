@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -27,13 +28,16 @@ from jmoe.engine.schedule.scheduler import Scheduler
 from jmoe.engine.step.answers import Answers, accept, detokenizers
 from jmoe.engine.step.fill import PlacedRun, constrain, fill, place_runs
 from jmoe.engine.step.inputs import StepInput
+from jmoe.engine.step.penalties import new_counts
 from jmoe.engine.step.results import FetchedStep, PromptScores, RunningStep, count_assignments
 from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.sampling import ENDS
+from jmoe.engine.step.token_limits import token_limits
 from jmoe.engine.text.codec import TextCodec
 from jmoe.placement.placement import Placement
 
 log = logging.getLogger(__name__)
+LIMITS = 64  # sets of limits on tokens that are kept
 
 
 class Engine:
@@ -59,6 +63,8 @@ class Engine:
         self.max_model_len, self.vocab_size = scheduler.limits.max_model_len, runner.cfg.vocab_size
         self.listeners: list[Listener] = []
         self._answers = Answers(PromptScores(runner), self.end_ids, self.max_model_len)
+        # the answers to one prompt have the same limits
+        self._limits = lru_cache(LIMITS)(partial(token_limits, codec=codec, vocab_size=self.vocab_size))
         self._running_step: RunningStep | None = None  # the step that is started and not delivered yet
         self._is_closed = False
 
@@ -108,6 +114,7 @@ class Engine:
         outside = next((t for t, _ in params.logit_bias if not 0 <= t < self.vocab_size), None)
         if outside is not None:
             raise ValueError(f"logit_bias: token id {outside} is outside the vocabulary of {self.vocab_size}")
+        self._limits(params.allowed_token_ids, params.bad_words)
         if self.codec is None and params.stop:
             raise ValueError("stop strings need a tokenizer, which this model directory does not have")
 
@@ -121,6 +128,8 @@ class Engine:
         """Queues all or none of the requests, which ``check`` has accepted; raises QueueFull if there is no
         room."""
         texts = detokenizers(requests, self.codec)
+        for request in requests:
+            request.limits = self._limits(request.params.allowed_token_ids, request.params.bad_words)
         self.scheduler.add(list(requests))
         self._answers.begin(requests, texts)
 
@@ -181,6 +190,8 @@ class Engine:
     def _fill(self, placed: PlacedRun, inputs: StepInput) -> None:
         request = placed.run.request
         fill(placed, inputs, self._end_tokens(request.params))
+        if (row_V := new_counts(placed.run, self.vocab_size)) is not None:
+            self.runner.replace_counts(request.state.seat, row_V)
         if (failure := constrain(placed, inputs)) is not None:
             self._fail(request, failure, invalid=True)
 

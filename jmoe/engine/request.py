@@ -9,13 +9,14 @@ import numpy as np
 from msgspec import Meta
 
 from jmoe.config.counters import USAGE, names
-from jmoe.config.reading import check_fields
+from jmoe.config.reading import Positive, check_fields
 from jmoe.engine.grammar.caution import Caution
 from jmoe.engine.page_names import PageNames
 from jmoe.engine.text.markup import PLAIN, Markup
 
 MAX_LOGPROBS = 20
 MAX_BIASES = 256
+MAX_BAD_SEQUENCES = 128  # of several tokens, in the bad words of a request
 MAX_STOPS = 64  # a request's 16, and the model's own that end a turn
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -32,7 +33,16 @@ class SamplingParams:
     min_p: share of the likeliest token's probability; tokens less likely than this are never sampled.
     seed: seed of the sampling; None draws a random one.
     logit_bias: (token id, addend) pairs.
+    frequency_penalty: number that each occurrence of a token in the answer takes from the token's logit.
+    presence_penalty: number that a token loses once if the answer has it.
+    repetition_penalty: factor by which the logit of a token in the prompt or the answer becomes less likely;
+        below 1 it becomes likelier.
+    allowed_token_ids: the only tokens that may be sampled; None allows all.
+    bad_words: texts that are never completed, neither after a space nor without one.
     stop: strings that end the text (and are cut from it).
+    include_stop_str_in_output: whether the stop string, or the text of the token that ends the answer, stays.
+    skip_special_tokens: whether special tokens have no text; if not, the text has all of them, also the end
+        token, and thoughts are not separated from it.
     stop_token_ids: token ids that end the text.
     ignore_eos: whether the text goes on after the model's own end tokens.
     min_tokens: number of tokens to generate before an end token or a stop string may end the text.
@@ -50,7 +60,14 @@ class SamplingParams:
     min_p: Annotated[float, Meta(ge=0, le=1, description="between 0 and 1")] = 0.0
     seed: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2, description="between -2 and 2")] = 0.0
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2, description="between -2 and 2")] = 0.0
+    repetition_penalty: Positive = 1.0
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
@@ -58,6 +75,15 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     exact: bool = False
     cache_salt: str = ""
+
+    @property
+    def penalties(self) -> tuple[float, float, float]:
+        """The penalties of repetition, frequency and presence."""
+        return self.repetition_penalty, self.frequency_penalty, self.presence_penalty
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.penalties != (1, 0, 0)
 
     def with_seed(self) -> Self:
         """Returns the same parameters, with a random seed if they have none."""
@@ -77,6 +103,10 @@ class SamplingParams:
             raise ValueError(f"min_tokens must be between 0 and max_tokens, got {self.min_tokens}")
         if len(self.stop) > MAX_STOPS or not all(self.stop):
             raise ValueError(f"stop must be at most {MAX_STOPS} non-empty strings")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids must have at least one token; null allows all")
+        if not all(word.strip() for word in self.bad_words):
+            raise ValueError("bad_words must be texts that are not empty or white space alone")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= MAX_LOGPROBS:
@@ -88,11 +118,13 @@ class TokenLogprob:
     """A token's log-probability (natural, of the unmodified distribution) and the most likely alternatives.
 
     top: (token id, log-probability) pairs by falling probability; the token itself is always among them.
+    rank: number of tokens that are at least as likely, with itself; None for tokens of an answer.
     """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 class MoEUsage(make_dataclass("Counts", [(name, int, 0) for name in names(USAGE)])):
@@ -128,6 +160,18 @@ class Output:
     num_thought_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class TokenLimits:
+    """Limits on the tokens of an answer, in a form that a step takes.
+
+    allowed_W: bit mask of the tokens that may be sampled at all; None allows all.
+    bad_sequences: sequences of two or more tokens that the answer may not have.
+    """
+
+    allowed_W: np.ndarray | None = None
+    bad_sequences: tuple[tuple[int, ...], ...] = ()
+
+
 class Constraint(Protocol):
     """The tokens that one answer may have: a grammar, and the answer's current state in it.
 
@@ -158,6 +202,7 @@ class Request:
     emit: function that is called from the engine's thread with every increment; it must not block.
     arrival_time: time at which the engine got the request.
     constraint: grammar of the answer; None allows every token.
+    limits: limits on its tokens that its parameters set, which the engine prepares; None before that.
     markup: marks by which the answer's text is divided.
     token_ids: generated tokens that the host has seen, and that the grammar allows.
     state: state that the scheduler keeps of the request.
@@ -174,6 +219,7 @@ class Request:
     emit: Callable[[Output], None]
     arrival_time: float
     constraint: Constraint | None = None
+    limits: TokenLimits | None = None
     markup: Markup = PLAIN
     token_ids: list[int] = field(default_factory=list)
     state: "RequestState" = field(default_factory=lambda: RequestState())
@@ -230,6 +276,8 @@ class RequestState:
     num_stale: those of them that were drawn after a token that the grammar has refused.
     is_redraw: whether the next run computes the last known token again, because the token drawn after it was
         refused.
+    num_counted_tokens: tokens that the counts of its seat hold, for penalties; 0 if these are another
+        request's.
     is_ended: whether nothing of the request is wanted any more.
     """
 
@@ -246,6 +294,7 @@ class RequestState:
     num_in_flight: int = 0
     num_stale: int = 0
     is_redraw: bool = False
+    num_counted_tokens: int = 0
     is_ended: bool = False
 
 

@@ -7,6 +7,7 @@ import msgspec
 from starlette.responses import Response
 
 CONTEXT_PHRASE = "This model's maximum context length"  # clients recognise the case by these words
+LIMIT_FIELDS = "allowed_token_ids", "bad_words"  # fields that only the engine checks whole
 
 
 class ErrorDetail(msgspec.Struct, forbid_unknown_fields=True):
@@ -65,8 +66,10 @@ def unsupported(param: str, message: str) -> ApiError:
 
 
 def refused(error: ValueError, param: str) -> ApiError:
-    """Returns a 400 for a prompt that the engine refused."""
+    """Returns a 400 for a prompt that the engine refused, or for the field of ``LIMIT_FIELDS`` that the error
+    begins with."""
     text = str(error)
+    param = next((field for field in LIMIT_FIELDS if text.startswith(field)), param)
     code = "context_length_exceeded" if text.startswith(CONTEXT_PHRASE) else "invalid_value"
     return invalid(text, param, code)
 

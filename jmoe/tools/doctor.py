@@ -61,6 +61,7 @@ def doctor(
         "memory_per_device": {
             "weight_bytes": memory.weights,
             "step_bytes": memory.step,
+            "count_bytes": memory.counts,
             "program_bytes": memory.programs,
             "kv_bytes": memory.pages,
             "room_bytes": memory.room and memory.room.bytes,

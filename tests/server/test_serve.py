@@ -82,6 +82,29 @@ def test_echo_with_logprobs_scores_the_prompt(client):
     assert scores.token_logprobs[0] is None and all(p <= 0 for p in scores.token_logprobs[1:])
 
 
+def test_penalties_bad_words_and_scores_of_the_prompt(client):
+    ask = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 40, "temperature": 0}
+
+    def text(**fields) -> str:
+        return client.completions.create(**ask, extra_body=fields).choices[0].text
+
+    free = text()
+    words = [word for word in free.split() if word.isalpha() and len(word) > 2]
+    word = max(words, key=words.count)
+    assert word in free and word not in text(bad_words=[word])
+    repeated = [words.count(each) for each in set(words)]
+    penalised = text(frequency_penalty=2, presence_penalty=2, repetition_penalty=1.3).split()
+    assert max(map(penalised.count, set(penalised))) <= max(repeated) and penalised != free.split()
+    choice = client.completions.create(**ask, extra_body={"prompt_logprobs": 2}).choices[0]
+    assert choice.text == free and choice.prompt_logprobs[0] is None
+    for scores in choice.prompt_logprobs[1:]:
+        by_rank = sorted(scores.values(), key=lambda each: each["rank"])
+        assert [each["logprob"] for each in by_rank] == sorted((e["logprob"] for e in by_rank), reverse=True)
+        assert [each["rank"] for each in by_rank[:2]] == [1, 2]
+    with pytest.raises(openai.BadRequestError, match=r"bad_words: 200 sequences .* limit of 128"):
+        text(bad_words=[f"verylongword{i}" for i in range(100)])
+
+
 def test_bad_requests_are_4xx_and_the_server_goes_on(client):
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.completions.create(model="gpt-9", prompt="x")

@@ -30,8 +30,11 @@ def generated(engine: Engine) -> dict[str, Any]:
     prompts = [rng.integers(1, 96, length).tolist() for length in (1, 7, 50, 33, 20)]
     outputs: list[Output] = []
     scored = dataclasses.replace(GREEDY, prompt_logprobs=0)
+    penalised = dataclasses.replace(GREEDY, repetition_penalty=1.5, frequency_penalty=1.0)
+    given = [scored, penalised, GREEDY, penalised, GREEDY]
     requests = [
-        Request(str(i), p, GREEDY if i else scored, outputs.append, 0.0) for i, p in enumerate(prompts[::-1])
+        Request(str(i), p, params, outputs.append, 0.0)
+        for i, (p, params) in enumerate(zip(prompts[::-1], given, strict=True))
     ]
     engine.run(requests)
     scores = next(o.prompt_logprobs for o in outputs if o.prompt_logprobs)

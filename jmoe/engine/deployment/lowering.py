@@ -47,11 +47,13 @@ def lower_step(
     totals = jax.eval_shape(lambda: zero_totals(len(cfg.moe_layers), cfg.num_experts))
     totals = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), totals)
     latest_S: Any = jax.ShapeDtypeStruct((ranks * most,), jnp.int32, sharding=whole)
+    counts_SV: Any = jax.ShapeDtypeStruct((ranks * most, cfg.vocab_size), jnp.int16, sharding=whole)
     cache = abstract_cache(model, mesh, seats=most)
     state = DeviceState(
         state_layout(cfg, model.split, model.kernels.attention, sizes.state),
         {inputs.phase: totals},
         latest_S,
+        counts_SV,
         cache,
     )
     settings = StepSettings(

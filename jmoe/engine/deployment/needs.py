@@ -18,6 +18,7 @@ from jmoe.engine.deployment.room import Room, device_room
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.deployment.sizes import PAGE_SIZE, rank_seats
 from jmoe.engine.offload.build import cache_bytes
+from jmoe.engine.step.penalties import counts_nbytes
 from jmoe.mesh import TENSOR, Split, platform_of
 from jmoe.models.decoder import make_blueprint
 from jmoe.moe.expert_leaves import UNCODED, layouts_for, store_codings
@@ -32,6 +33,7 @@ class Memory:
 
     weights: bytes of the weights, with the pool of offloaded experts.
     step: bytes of the largest step's activations.
+    counts: bytes of the counts of each seat's tokens, for penalties.
     programs: code of the compiled steps, and whatever else a process grows by.
     pages: bytes of the KV cache.
     room: memory that is available before anything is loaded; None if unknown.
@@ -39,13 +41,14 @@ class Memory:
 
     weights: int
     step: int
+    counts: int
     programs: int
     pages: int
     room: Room | None
 
     @property
     def total(self) -> int:
-        return self.weights + self.step + self.programs + self.pages
+        return self.weights + self.step + self.counts + self.programs + self.pages
 
     @property
     def left(self) -> int | None:
@@ -54,8 +57,8 @@ class Memory:
 
     def __str__(self) -> str:
         parts = (
-            ("weights", self.weights), ("a step", self.step), ("programs", self.programs),
-            ("KV cache", self.pages),
+            ("weights", self.weights), ("a step", self.step), ("token counts", self.counts),
+            ("programs", self.programs), ("KV cache", self.pages),
         )  # fmt: skip
         each = " + ".join(f"{name} {readable(size)}" for name, size in parts)
         return f"{each} = {readable(self.total)} on each device, which has {self.room or 'an unknown size'}"
@@ -72,6 +75,7 @@ def needed(
     return Memory(
         weight_bytes(cfg, settings, mesh, codings),
         step_bytes(cfg, settings, split, length),
+        counts_nbytes(split.sequence_ranks * rank_seats(settings, split)[0], cfg.vocab_size),
         PROGRAMS // shared,
         0,
         min(rooms, key=lambda room: room.bytes, default=None),
@@ -85,7 +89,7 @@ def check_memory(memory: Memory) -> None:
     advice = "lower kv_memory, max_model_len, max_num_seqs or max_num_batched_tokens"
     if memory.weights > memory.room.bytes:
         advice = "the weights alone do not fit: share them by expert_parallel_size or tensor_parallel_size"
-    elif memory.step + memory.pages < memory.programs:
+    elif memory.step + memory.counts + memory.pages < memory.programs:
         advice = "free some, or raise the limit"
     raise ValueError(f"the model does not fit the memory: {memory}; {advice}")
 

@@ -186,12 +186,14 @@ class PartFunctions:
         hidden_RND = model.finish(model.layers[-1].add(*end.rows), seqs)
         counted = [dict(zip(names(CACHE), counts_CL[:, i], strict=True)) for i in range(len(records))]
         stats = [each.final_stats(counts) for each, counts in zip(records, counted, strict=True)]
-        sampled, latest_S = sample_tokens(model, hidden_RND, inputs, state.latest_S, stats)
+        sampled, latest_S, counts_SV = sample_tokens(
+            model, hidden_RND, inputs, state.latest_S, state.counts_SV, stats
+        )
         changes_B = sum_changes([each.changes for each in records if each.changes is not None], seqs)
         predictor = state.predictor.finish(end.predictor_state) if seqs.phase == "decode" else state.predictor
         routings = [each.plain_routing for each in records if each.plain_routing is not None]
         predictor = add_prompts(predictor, seqs, routings)
-        state = HostState(add_step(state.totals, stats), latest_S, predictor)
+        state = HostState(add_step(state.totals, stats), latest_S, counts_SV, predictor)
         return state, StepOutput(sampled, hidden_RND, changes_B)
 
     def window_logits(self, weights: list[Array], rows: LayerRows, seqs: Sequences) -> Array:

@@ -77,11 +77,13 @@ class HostDrivenRunner(Runner):
     def _step(self, inputs: StepInput, settings: StepSettings) -> StepOutput:
         cache, phase = self._host_cache(), inputs.phase
         end = self._run_layers(inputs, cache, settings.knobs, is_decode=phase == "decode")
-        state = HostState(self.state.totals[phase], self.state.latest_S, self._cache.predictor)
+        kept = self.state.latest_S, self.state.counts_SV
+        state = HostState(self.state.totals[phase], *kept, self._cache.predictor)
         state, output = self._parts.finish(self.weights, state, inputs, end, cache.counts_CL)
         kept = replace(self._cache, table=cache.table, predictor=state.predictor, pool=cache.pool)
         totals = self.state.totals | {phase: state.totals}
-        self.state = replace(self.state, totals=totals, latest_S=state.latest_S, cache=kept)
+        seats = {"latest_S": state.latest_S, "counts_SV": state.counts_SV}
+        self.state = replace(self.state, totals=totals, cache=kept, **seats)
         return output
 
     def window_logits(self, tokens_BT: np.ndarray, positions_BT: np.ndarray) -> np.ndarray:

@@ -130,11 +130,13 @@ class HostState(NamedTuple):
 
     totals: counts of the step's phase.
     latest_S: token sampled last for each seat.
+    counts_SV: counts of each seat's tokens.
     predictor: predictor of the experts.
     """
 
     totals: MoETotals
     latest_S: Array
+    counts_SV: Array
     predictor: Predictor
 
 

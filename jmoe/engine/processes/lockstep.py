@@ -37,11 +37,11 @@ from jmoe.moe.orders import ShuffleTables
 from jmoe.offload.cache import ExpertCache
 
 log = logging.getLogger(__name__)
-HEADER = struct.Struct("<4I")  # operation, rows, tokens per row, decode rows
+HEADER = struct.Struct("<4I")  # operation, rows (or a seat), tokens per row, decode rows
 
 
 class Operation(IntEnum):
-    DECODE, PREFILL, COPY, SCORE, WINDOW, DRAIN, STOP, NOTHING = range(8)
+    DECODE, PREFILL, COPY, COUNTS, SCORE, WINDOW, DRAIN, STOP, NOTHING = range(9)
 
 
 RUNS: dict[Phase, Operation] = {"decode": Operation.DECODE, "prefill": Operation.PREFILL}
@@ -79,7 +79,11 @@ class Leader(Runner):
         self._send(Operation.COPY, (), [from_R, to_R])
         super().copy_pages(from_R, to_R)
 
-    def score(self, hidden_RND: Array, targets_RN: np.ndarray) -> tuple[Array, Array, Array]:
+    def replace_counts(self, seat: int, row_V: np.ndarray) -> None:
+        self._send(Operation.COUNTS, (seat,), [row_V])
+        super().replace_counts(seat, row_V)
+
+    def score(self, hidden_RND: Array, targets_RN: np.ndarray) -> tuple[Array, ...]:
         if hidden_RND is not self._hidden_RND:  # followers keep only the last run's
             raise ValueError("with several processes only the last run can be scored")
         self._send(Operation.SCORE, targets_RN.shape, [targets_RN])
@@ -132,6 +136,9 @@ def repeat(runner: Runner, channel: Channel) -> None:
         elif operation == Operation.COPY:
             channel.read_into(both := np.zeros((2, runner.ranks), np.int32))
             runner.copy_pages(*both)
+        elif operation == Operation.COUNTS:
+            channel.read_into(row_V := np.zeros(runner.cfg.vocab_size, np.int16))
+            runner.replace_counts(rows, row_V)
         elif operation == Operation.SCORE:
             assert hidden_RND is not None
             channel.read_into(targets := np.zeros((rows, tokens), np.int32))

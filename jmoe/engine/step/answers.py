@@ -17,7 +17,15 @@ def detokenizers(requests: Sequence[Request], codec: TextCodec | None) -> dict[s
 
 def _detokenizer(request: Request, codec: TextCodec) -> Detokenizer:
     prompt = None if request.constraint is not None else request.prompt_token_ids
-    return Detokenizer(codec, request.params.stop, prompt, request.markup)
+    params = request.params
+    return Detokenizer(
+        codec,
+        params.stop,
+        prompt,
+        request.markup,
+        keeps_stop=params.include_stop_str_in_output,
+        shows_special=not params.skip_special_tokens,
+    )
 
 
 def accept(request: Request, token: int) -> str | None:

@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jmoe.engine.request import SamplingParams
+from jmoe.engine.request import Request, SamplingParams, TokenLimits
 from jmoe.engine.schedule.plan import Run, Step
 from jmoe.engine.step.inputs import HostRows, StepInput
+from jmoe.engine.step.penalties import continues
 from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.sampling import SamplingRows
 
@@ -88,9 +89,14 @@ def fill(placed: PlacedRun, inputs: StepInput, ends: Sequence[int]) -> None:
     arrays.exact_B[rows], arrays.seats_B[rows] = request.params.exact, state.seat
     arrays.fresh_B[rows.start] = start == state.num_cached_tokens
     inputs.logit_columns_B[row], inputs.seats_B[row] = placed.column + count - 1, state.seat
-    fill_sampling(inputs.sampling_rows, row, request.params, start + count)
+    sampling_rows = inputs.sampling_rows
+    fill_sampling(sampling_rows, row, request.params, start + count)
     generated = start + count - len(request.prompt_token_ids)
-    fill_biases(inputs.sampling_rows, row, request.params, ends, generated)
+    fill_biases(sampling_rows, row, request.params, ends, generated)
+    if run.is_sampled and request.params.has_penalties:
+        fill_penalties(sampling_rows, row, run)
+    if run.is_sampled and request.limits is not None:
+        fill_limits(sampling_rows, row, request, generated)
 
 
 def fill_sampling(rows: SamplingRows, row: int, params: SamplingParams, position: int) -> None:
@@ -122,15 +128,52 @@ def fill_biases(
         rows.has_biases[...] = True
 
 
+def fill_penalties(rows: SamplingRows, row: int, run: Run) -> None:
+    """Writes a row's penalties; the step counts the row's last token if the seat's counts hold all tokens
+    before it. Otherwise ``new_counts`` has all of them."""
+    rows.penalties_B3[row] = run.request.params.penalties
+    rows.last_B[row] = (run.request.part(run.start + run.count - 1, 1) or [-1])[0]
+    rows.is_counted_B[row] = continues(run)
+    rows.has_penalties[...] = True
+
+
+def fill_limits(rows: SamplingRows, row: int, request: Request, generated: int) -> None:
+    """Writes the tokens that the request's limits forbid after ``generated`` tokens of its answer.
+
+    The last of these may be on the device only. A bad sequence that may end after it is then a pair: the
+    step forbids the pair's second token if the first was sampled.
+    """
+    limits, known, pairs = request.limits or TokenLimits(), request.token_ids[:generated], []
+    if limits.allowed_W is not None:
+        rows.allowed_BW[row] &= limits.allowed_W
+    rows.last_B[row] = -1 if len(known) < generated else (known or request.prompt_token_ids)[-1]
+    for *before, last, banned in limits.bad_sequences:
+        ending = [*before, last]
+        if len(ending) > generated:
+            continue
+        if len(known) == generated:
+            is_open = known[generated - len(ending) :] == ending
+        else:
+            is_open = known[len(known) - len(before) :] == before
+        if is_open:
+            pairs.append((last, banned))
+    if pairs:
+        rows.bans_BY2[row, : len(pairs)] = pairs
+    rows.has_biases[...] = True
+
+
 def constrain(placed: PlacedRun, inputs: StepInput) -> str | None:
     """Lets a masked row sample only the tokens that its grammar allows; returns why that failed, or None."""
     constraint = placed.run.request.constraint
     if constraint is None or not placed.run.is_masked:
         return None
+    allowed_W = inputs.sampling_rows.allowed_BW[placed.sample_row]
     try:
-        inputs.sampling_rows.allowed_BW[placed.sample_row] = constraint.allowed()
+        allowed_W &= constraint.allowed()
     except ValueError as error:
         return str(error)
+    if not allowed_W.any():
+        return "allowed_token_ids and bad_words leave no token that the grammar allows"
     inputs.sampling_rows.has_biases[...] = True
     return None
 

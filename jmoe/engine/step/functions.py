@@ -19,7 +19,8 @@ from jmoe_kernels.paged_attention import LayerPages
 
 from jmoe.engine.step.counters import add_step
 from jmoe.engine.step.inputs import HostRows, StepInput
-from jmoe.engine.step.sampling import Sampled, logprobs, sample, score
+from jmoe.engine.step.penalties import Seats, count_last, replace_counts
+from jmoe.engine.step.sampling import Sampled, SamplingRows, logprobs, rank, sample, score
 from jmoe.engine.step.state import DeviceState, StepOutput
 from jmoe.engine.step.windows import WindowFunctions
 from jmoe.mesh import is_single, replicated
@@ -59,10 +60,15 @@ def make_knobs(values: Mapping[str, float], step: int) -> Knobs:
 
 
 def sample_tokens(
-    model: Decoder, hidden_RND: Array, inputs: StepInput, latest_S: Array, stats: list[DispatchStats]
-) -> tuple[Sampled, Array]:
-    """Returns the step's sampled tokens, and the token sampled last for every seat. The function is for use
-    under jit.
+    model: Decoder,
+    hidden_RND: Array,
+    inputs: StepInput,
+    latest_S: Array,
+    counts_SV: Array,
+    stats: list[DispatchStats],
+) -> tuple[Sampled, Array, Array]:
+    """Returns the step's sampled tokens, the token sampled last for every seat, and the seats' counts. The
+    function is for use under jit.
 
     stats: statistics of the step's layers; the assignments lost in them make the tokens wrong.
     """
@@ -70,11 +76,27 @@ def sample_tokens(
     column_RS1 = inputs.logit_columns_B.reshape(ranks, -1, 1)
     last_RSD = jnp.take_along_axis(hidden_RND.reshape(ranks, -1, dim), column_RS1, axis=1)
     with jax.named_scope("sample"):
-        sampled = sample(model.logits(last_RSD.reshape(-1, dim)), inputs.sampling_rows)
+        rows = inputs.sampling_rows
+        seats = _with_last(rows, Seats(latest_S, counts_SV, inputs.seats_B))
+        sampled = sample(model.logits(last_RSD.reshape(-1, dim)), rows, seats)
     sampled = replace(
         sampled, num_lost=jnp.sum(jnp.stack([layer.num_lost for layer in stats]), dtype=jnp.int32)
     )
-    return sampled, latest_S.at[inputs.seats_B].set(sampled.ids_B, mode="drop")
+    # Without this the compiler divides the numbers of the seats among the devices, and gathers them here.
+    seats_B = replicated(jnp.asarray(inputs.seats_B), model.mesh)
+    return sampled, latest_S.at[seats_B].set(sampled.ids_B, mode="drop"), seats.counts_SV
+
+
+def _with_last(rows: SamplingRows, seats: Seats) -> Seats:
+    """Returns the seats with the counts of the tokens that the rows count. All of it is in a branch, because
+    on a mesh it may need a collective."""
+
+    def counted() -> Array:
+        last_B = seats.known(rows.last_B)
+        return count_last(seats.counts_SV, seats.seats_B, last_B, rows.is_counted_B)
+
+    counts_SV = lax.cond(rows.has_penalties, counted, lambda: seats.counts_SV)
+    return seats._replace(counts_SV=counts_SV)
 
 
 @dataclass(frozen=True)
@@ -103,15 +125,17 @@ class ModelFunctions:
         seqs = sequences_of(inputs, state.latest_S, model.split.sequence_ranks, **needs)
         out = model(seqs, state.pages, settings, state.cache)
         assert out.pages is not None
-        sampled, latest_S = sample_tokens(model, out.hidden_RND, inputs, state.latest_S, out.stats)
+        sampled, latest_S, counts_SV = sample_tokens(
+            model, out.hidden_RND, inputs, state.latest_S, state.counts_SV, out.stats
+        )
         # The compiler cannot see the sharding of pages that come out of a kernel, and pages with another
         # sharding would make the next step compile again.
         shardings = [NamedSharding(model.mesh, layer.attention.state_spec) for layer in model.layers]
         pages = lax.with_sharding_constraint(out.pages, shardings)
         totals = add_step(state.totals[phase], out.stats)
-        outputs = replicated((sampled, totals, latest_S, out.changes_B), model.mesh)
-        sampled, totals, latest_S, changes_B = outputs
-        state = DeviceState(pages, {phase: totals}, latest_S, out.cache)
+        outputs = replicated((sampled, totals, latest_S, counts_SV, out.changes_B), model.mesh)
+        sampled, totals, latest_S, counts_SV, changes_B = outputs
+        state = DeviceState(pages, {phase: totals}, latest_S, counts_SV, out.cache)
         return state, StepOutput(sampled, out.hidden_RND, changes_B)
 
     def copy_pages(
@@ -140,9 +164,14 @@ class ModelFunctions:
         specs = {"in_specs": (states, rows, rows), "out_specs": states, "check_vma": False}
         return jax.shard_map(of_rank, mesh=model.mesh, **specs)(pages, from_R, to_R)
 
-    def score(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array, Array]:
-        """Returns the log-probabilities of ``targets_BT``, and the likeliest tokens with theirs."""
-        return self._in_chunks(score, weights, hidden_BTD, targets_BT)
+    def replace_counts(self, weights: list[Array], counts_SV: Array, seat: Array, row_V: Array) -> Array:
+        """Replaces the counts of a seat; a number past the last seat changes nothing."""
+        return replicated(replace_counts(counts_SV, seat, row_V), self.merge(weights).mesh)
+
+    def score(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> tuple[Array, ...]:
+        """Returns the log-probabilities of ``targets_BT``, the likeliest tokens with theirs, and the ranks of
+        ``targets_BT``."""
+        return self._in_chunks(lambda *args: (*score(*args), rank(*args)), weights, hidden_BTD, targets_BT)
 
     def logprobs(self, weights: list[Array], hidden_BTD: Array, targets_BT: Array) -> Array:
         """Returns the log-probabilities of ``targets_BT``."""
@@ -183,7 +212,8 @@ class Jitted:
     merge: model from its weights.
     step: one step of the decoder, with sampling.
     copy_pages: copy of a page on each rank.
-    score: log-probabilities of targets, and the likeliest tokens with theirs.
+    replace_counts: other counts for a seat.
+    score: log-probabilities of targets, the likeliest tokens with theirs, and the targets' ranks.
     logprobs: log-probabilities of targets alone.
     window_logits: logits of whole windows, without KV pages.
     window_routing: choices of all layers' routers in whole windows.
@@ -192,6 +222,7 @@ class Jitted:
     merge: Callable[[list[Array]], Decoder]
     step: jax.stages.Wrapped
     copy_pages: jax.stages.Wrapped
+    replace_counts: jax.stages.Wrapped
     score: jax.stages.Wrapped
     logprobs: jax.stages.Wrapped
     window_logits: jax.stages.Wrapped
@@ -212,6 +243,7 @@ def jitted(graph: nnx.GraphDef, structure: Any) -> Jitted:
         merge=functions.merge,
         step=jax.jit(functions.step, donate_argnums=1),
         copy_pages=jax.jit(functions.copy_pages, donate_argnums=1),
+        replace_counts=jax.jit(functions.replace_counts, donate_argnums=1),
         score=jax.jit(functions.score),
         logprobs=jax.jit(functions.logprobs),
         window_logits=jax.jit(windows.logits),

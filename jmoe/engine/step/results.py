@@ -19,8 +19,8 @@ from jmoe.engine.step.runner import Runner
 from jmoe.engine.step.sampling import Sampled
 from jmoe.moe.types import Changes
 
-# scores of every token of the grid, still being computed: see ``sampling.score``
-DeviceScores = tuple[Array, Array, Array]
+# scores of every token of the grid, still being computed: see ``Runner.score``
+DeviceScores = tuple[Array, ...]
 
 
 class FetchedStep(NamedTuple):
@@ -164,9 +164,14 @@ def _following(placed: PlacedRun) -> list[int]:
 
 def token_logprob(token: int, scores: tuple, alternatives: int) -> TokenLogprob:
     """Returns the token's log-probability and the ``alternatives`` likeliest tokens; the token is always
-    listed."""
-    logprob, top_ids, top = scores
+    listed.
+
+    scores: log-probability of the token, the likeliest tokens, their log-probabilities, and perhaps the
+        token's rank.
+    """
+    logprob, top_ids, top, *rank = scores
     pairs = [(int(i), float(p)) for i, p in zip(top_ids[:alternatives], top[:alternatives], strict=True)]
     if token not in (i for i, _ in pairs):
         pairs.append((token, float(logprob)))
-    return TokenLogprob(token, next(p for i, p in pairs if i == token), tuple(pairs))
+    own = next(p for i, p in pairs if i == token)
+    return TokenLogprob(token, own, tuple(pairs), int(rank[0]) if rank else None)

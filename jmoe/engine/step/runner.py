@@ -24,6 +24,7 @@ from jmoe.engine.step.counters import (
 )
 from jmoe.engine.step.functions import jitted, make_knobs, maker
 from jmoe.engine.step.inputs import Sizes, StepInput, blank_input
+from jmoe.engine.step.penalties import make_counts
 from jmoe.engine.step.state import DeviceState, StepOutput
 from jmoe.engine.step.windows import WindowRouting
 from jmoe.mesh import sharding
@@ -111,7 +112,9 @@ class Runner:
         sizes = self.sizes.state
         pages = make_state(model.cfg, model.split, model.kernels.attention, sizes)
         latest_S = maker(sharding(self.mesh), jnp.zeros, self.ranks * sizes.num_seats, jnp.int32)()
-        return DeviceState(pages, self._zero_totals(), latest_S, cache)
+        seats = self.ranks * sizes.num_seats
+        counts_SV = maker(sharding(self.mesh), make_counts, seats, model.cfg.vocab_size)()
+        return DeviceState(pages, self._zero_totals(), latest_S, counts_SV, cache)
 
     def _zero_totals(self) -> dict[Phase, MoETotals]:
         make = maker(sharding(self.mesh), zero_totals, len(self.cfg.moe_layers), self.cfg.num_experts)
@@ -160,9 +163,17 @@ class Runner:
             pages = self._jitted.copy_pages(self.weights, self.state.pages, from_R, to_R)
         self.state = replace(self.state, pages=pages)
 
-    def score(self, hidden_RND: Array, targets_RN: np.ndarray) -> tuple[Array, Array, Array]:
-        """Returns the log-probability of each target, the likeliest ids and their log-probabilities; it does
-        not wait for them."""
+    def replace_counts(self, seat: int, row_V: np.ndarray) -> None:
+        """Replaces the counts of a seat's tokens, before the next step, see ``penalties``."""
+        with self.compilations.watch():
+            counts_SV = self._jitted.replace_counts(
+                self.weights, self.state.counts_SV, np.array(seat, np.int32), row_V
+            )
+        self.state = replace(self.state, counts_SV=counts_SV)
+
+    def score(self, hidden_RND: Array, targets_RN: np.ndarray) -> tuple[Array, ...]:
+        """Returns the log-probability of each target, the likeliest ids, their log-probabilities, and the
+        rank of each target; it does not wait for them."""
         with self.compilations.watch():
             return self._jitted.score(self.weights, hidden_RND, targets_RN)
 
@@ -218,6 +229,7 @@ class Runner:
             if inputs.phase == "prefill" and scores_prompts:
                 self.score(hidden, np.zeros(hidden.shape[:2], np.int32))
         self.copy_pages(*np.zeros((2, self.ranks), np.int32))
+        self.replace_counts(self.ranks * sizes.decode[-1], np.zeros(self.cfg.vocab_size, np.int16))
         self.drain()
         jax.block_until_ready(self.state.pages)
         progress(len(shapes), len(shapes))
@@ -231,5 +243,5 @@ class Runner:
     def close(self) -> None:
         """Releases the weights and the caches. Nothing can run afterwards."""
         self.weights, self.tables = [], None
-        self.state = DeviceState([], {}, self.state.latest_S)
+        self.state = DeviceState([], {}, self.state.latest_S, make_counts(0, 0))
         self.compilations.close()

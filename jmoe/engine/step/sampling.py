@@ -12,11 +12,13 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int, UInt32
 
-from jmoe.engine.request import MAX_BIASES, MAX_LOGPROBS
+from jmoe.engine.request import MAX_BAD_SEQUENCES, MAX_BIASES, MAX_LOGPROBS
+from jmoe.engine.step.penalties import Seats, penalize
 
 HostOrDevice = Array | np.ndarray
 ENDS = 8  # most end tokens that ``min_tokens`` can forbid in a row
 BIASES = MAX_BIASES + ENDS
+NO_PENALTIES = 1.0, 0.0, 0.0
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +35,12 @@ class SamplingRows:
     bias_ids_BX: ids of the tokens with a bias; an id past the vocabulary for none.
     bias_BX: numbers added to the logits of these tokens.
     allowed_BW: bit mask: bit t % 32 of word t // 32 says whether token t may be sampled.
+    last_B: token before the one to be sampled; -1 is the token sampled last for the row's seat.
+    bans_BY2: pairs of ids: the second token may not follow the first; ids past the vocabulary for none.
+    penalties_B3: penalties of repetition, frequency and presence; 1, 0 and 0 are off.
+    is_counted_B: whether the last token is added to the counts of the row's seat.
     has_biases: whether any row of the batch has a bias or a forbidden token.
+    has_penalties: whether any row of the batch has a penalty.
     has_logprobs: whether any row of the batch reports log-probabilities.
     """
 
@@ -46,7 +53,12 @@ class SamplingRows:
     bias_ids_BX: Int[HostOrDevice, "B X"]
     bias_BX: Float[HostOrDevice, "B X"]
     allowed_BW: UInt32[HostOrDevice, "B W"]
+    last_B: Int[HostOrDevice, " B"]
+    bans_BY2: Int[HostOrDevice, "B Y 2"]
+    penalties_B3: Float[HostOrDevice, "B 3"]
+    is_counted_B: Bool[HostOrDevice, " B"]
     has_biases: Bool[HostOrDevice, ""]
+    has_penalties: Bool[HostOrDevice, ""]
     has_logprobs: Bool[HostOrDevice, ""]
 
 
@@ -62,7 +74,12 @@ def blank_rows(rows: int, vocab_size: int) -> SamplingRows:
         bias_ids_BX=np.full((rows, BIASES), vocab_size, np.int32),
         bias_BX=np.zeros((rows, BIASES), np.float32),
         allowed_BW=np.full((rows, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32),
+        last_B=np.full(rows, vocab_size, np.int32),
+        bans_BY2=np.full((rows, MAX_BAD_SEQUENCES, 2), vocab_size, np.int32),
+        penalties_B3=np.tile(np.array(NO_PENALTIES, np.float32), (rows, 1)),
+        is_counted_B=np.zeros(rows, bool),
         has_biases=np.zeros((), bool),
+        has_penalties=np.zeros((), bool),
         has_logprobs=np.zeros((), bool),
     )
 
@@ -89,9 +106,13 @@ class Sampled:
     num_lost: Int[Array, ""] | None = None
 
 
-def sample(logits_BV: Float[Array, "B V"], rows: SamplingRows) -> Sampled:
-    """Samples one token per row. Truncating and scoring are done only if some row requests them."""
-    shaped_BV = lax.cond(rows.has_biases, lambda: _shape(logits_BV, rows), lambda: logits_BV)
+def sample(logits_BV: Float[Array, "B V"], rows: SamplingRows, seen: Seats | None = None) -> Sampled:
+    """Samples one token per row. Shaping, truncating and scoring are done only if some row requests them.
+
+    seen: tokens before; None = no row has a penalty or needs its seat's latest token.
+    """
+    is_shaped = jnp.asarray(rows.has_biases) | rows.has_penalties
+    shaped_BV = lax.cond(is_shaped, lambda: _shape(logits_BV, rows, seen), lambda: logits_BV)
     greedy_B = _argmax(shaped_BV)
     random = jnp.any(rows.temperature_B > 0)
     ids_B = lax.cond(random, lambda: _draw(shaped_BV, rows, greedy_B), lambda: greedy_B)
@@ -103,10 +124,24 @@ def sample(logits_BV: Float[Array, "B V"], rows: SamplingRows) -> Sampled:
     return Sampled(ids_B, chosen_B, top_ids_BA, top_BA, jnp.isfinite(jnp.max(logits_BV, axis=-1)))
 
 
-def _shape(logits_BV: Array, rows: SamplingRows) -> Array:
-    """Returns the logits with each row's biases added, and -inf at its forbidden tokens."""
+def _shape(logits_BV: Array, rows: SamplingRows, seen: Seats | None) -> Array:
+    """Returns the logits with each row's biases added, -inf at its forbidden tokens, and then its penalties:
+    the order of vLLM."""
+    biased_BV = lax.cond(rows.has_biases, lambda: _bias(logits_BV, rows, seen), lambda: logits_BV)
+    if seen is None:
+        return biased_BV
+    return lax.cond(
+        rows.has_penalties, lambda: penalize(biased_BV, seen, rows.penalties_B3), lambda: biased_BV
+    )
+
+
+def _bias(logits_BV: Array, rows: SamplingRows, seen: Seats | None) -> Array:
+    last_B = jnp.asarray(rows.last_B) if seen is None else seen.known(rows.last_B)
     row_B1 = jnp.arange(logits_BV.shape[0], dtype=jnp.int32)[:, None]
     biased_BV = logits_BV.at[row_B1, rows.bias_ids_BX].add(rows.bias_BX, mode="drop")
+    before_BY, banned_BY = jnp.moveaxis(jnp.asarray(rows.bans_BY2), -1, 0)
+    ban_BY = jnp.where(before_BY == last_B[:, None], -jnp.inf, 0.0)
+    biased_BV = biased_BV.at[row_B1, banned_BY].add(ban_BY, mode="drop")
     token_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
     words_BV = jnp.asarray(rows.allowed_BW)[:, token_V // 32]
     allowed_BV = (words_BV >> (token_V % 32).astype(jnp.uint32)[None]) & 1
@@ -137,11 +172,13 @@ def _draw(logits_BV: Array, rows: SamplingRows, greedy_B: Array) -> Array:
 
 
 def _truncate(scaled_BV: Array, rows: SamplingRows) -> Array:
-    """Keeps the top_k likeliest tokens, of those the smallest set whose probability reaches top_p, and of
-    those the tokens with at least min_p times the likeliest token's probability.
+    """Keeps the tokens with at least min_p times the likeliest token's probability, of those the top_k
+    likeliest, and of those the smallest set whose probability reaches top_p: the order of vLLM.
 
     Tokens as likely as the least likely token kept stay too.
     """
+    lowest_B1 = jnp.max(scaled_BV, axis=-1, keepdims=True) + jnp.log(jnp.asarray(rows.min_p_B))[:, None]
+    scaled_BV = jnp.where(scaled_BV >= lowest_B1, scaled_BV, -jnp.inf)
     k_B = jnp.where(rows.top_k_B > 0, rows.top_k_B, scaled_BV.shape[1])
     scaled_BV = _at_least(scaled_BV, lambda kept_BV: jnp.sum(kept_BV, axis=-1, dtype=jnp.int32) >= k_B)
     share_BV = jax.nn.softmax(scaled_BV, axis=-1)
@@ -151,9 +188,7 @@ def _truncate(scaled_BV: Array, rows: SamplingRows) -> Array:
         # An empty set reaches a top_p of 0 (a top_p too small for float32 is 0 too), but one token must stay.
         return (total_B >= rows.top_p_B) & (total_B > 0) & (rows.top_p_B < 1)
 
-    scaled_BV = _at_least(scaled_BV, reaches)
-    lowest_B1 = jnp.max(scaled_BV, axis=-1, keepdims=True) + jnp.log(jnp.asarray(rows.min_p_B))[:, None]
-    return jnp.where(scaled_BV >= lowest_B1, scaled_BV, -jnp.inf)
+    return _at_least(scaled_BV, reaches)
 
 
 def _at_least(x_BV: Array, is_enough: Callable[[Array], Array]) -> Array:
@@ -183,6 +218,13 @@ def logprobs(logits_NV: Float[Array, "*N V"], ids_N: Int[Array, "*N"]) -> Float[
     sum_N = jnp.sum(jnp.exp(logits_NV - highest_N1), axis=-1)
     chosen_N1 = jnp.take_along_axis(logits_NV, ids_N[..., None], axis=-1)
     return (chosen_N1 - highest_N1)[..., 0] - jnp.log(sum_N)
+
+
+def rank(logits_NV: Float[Array, "*N V"], ids_N: Int[Array, "*N"]) -> Int[Array, "*N"]:
+    """Returns how many tokens are at least as likely as each of ``ids_N``, which itself counts: 1 for the
+    likeliest."""
+    chosen_N1 = jnp.take_along_axis(logits_NV, ids_N[..., None], axis=-1)
+    return jnp.sum(logits_NV >= chosen_N1, axis=-1, dtype=jnp.int32)
 
 
 def score(logits_NV: Float[Array, "*N V"], ids_N: Int[Array, "*N"]) -> tuple[Array, Array, Array]:

@@ -22,12 +22,14 @@ class DeviceState:
     pages: KV pages of each layer.
     totals: counts by phase; a step takes and returns those of its own phase alone.
     latest_S: token sampled last for each seat.
+    counts_SV: counts of each seat's tokens, see ``penalties``.
     cache: cache of the offloaded experts; None if none are offloaded.
     """
 
     pages: list[LayerPages]
     totals: dict[Phase, MoETotals]
     latest_S: Int[Array, " S"]
+    counts_SV: Int[Array, "S V"]
     cache: ExpertCache | None = None
 
     def for_phase(self, phase: Phase) -> "DeviceState":

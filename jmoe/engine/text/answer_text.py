@@ -27,15 +27,25 @@ class AnswerText:
 
     prompt: see ``GrowingText``. None also means that no channel is open at the start, as under a grammar.
     markup: marks that stand in the text, and the texts around thoughts.
+    shows_special: whether special tokens are spelled out; then nothing is separated, and there are no marks.
     """
 
-    def __init__(self, token_bytes: TokenBytes, prompt: Sequence[int] | None, markup: Markup = PLAIN):
+    def __init__(
+        self,
+        token_bytes: TokenBytes,
+        prompt: Sequence[int] | None,
+        markup: Markup = PLAIN,
+        *,
+        shows_special: bool = False,
+    ):
+        markup = PLAIN if shows_special else markup
         self.marks, self.channels = markup.marks, None
-        if (marks := harmony_marks(token_bytes)) is not None:
+        self.shown_ids = token_bytes.special_ids if shows_special else frozenset(self.marks)
+        if (marks := None if shows_special else harmony_marks(token_bytes)) is not None:
             has_calls = markup.has_harmony_calls
             self.channels = Channels(marks, token_bytes, prompt or (), has_calls=has_calls)
         self.around = Thoughts(markup) if markup.thought_start and marks is None else None
-        self.text = GrowingText(token_bytes, prompt, markup=markup)
+        self.text = GrowingText(token_bytes, prompt, shows_special=shows_special, markup=markup)
         self.thoughts = GrowingText(token_bytes)
         self._separator = ""  # separates two messages of thoughts
 
@@ -50,8 +60,9 @@ class AnswerText:
         return Piece(*self.around.feed(text), is_thought=was_inside and self.around.is_inside)
 
     def push_end(self, id: int) -> Piece:
-        """Returns what a token that ends the answer completes: only marks are a part of the text."""
-        return self.push(id) if id in self.marks else Piece("")
+        """Returns what a token that ends the answer completes: only marks, or special tokens that are spelled
+        out, are a part of the text."""
+        return self.push(id) if id in self.shown_ids else Piece("")
 
     def flush(self) -> Piece:
         """Returns what is left, of incomplete characters and of what could still have been a marker."""

@@ -113,6 +113,8 @@ class Detokenizer:
     prompt: tokens whose text this continues; the first word keeps its space if any text precedes it. None
         means that all bytes of every token count, as a grammar describes them.
     markup: marks that stand in the text, and the texts around the model's thoughts.
+    keeps_stop: whether the text ends with the stop string, or with the text of the token that ends it.
+    shows_special: whether special tokens are spelled out, also the end token; then nothing is separated.
     thoughts: thoughts that the last call brought. Stop strings have no effect there.
     is_thought: whether the token of the last call is one of the thoughts.
     """
@@ -123,9 +125,12 @@ class Detokenizer:
         stop: Sequence[str] = (),
         prompt: Sequence[int] | None = None,
         markup: Markup = PLAIN,
+        *,
+        keeps_stop: bool = False,
+        shows_special: bool = False,
     ):
-        self.stop = tuple(stop)
-        self.text = AnswerText(codec.token_bytes, prompt, markup)
+        self.stop, self.keeps_stop = tuple(stop), keeps_stop
+        self.text = AnswerText(codec.token_bytes, prompt, markup, shows_special=shows_special)
         self.thoughts, self.is_thought = "", False
         self.num_end_spaces = 0 if prompt is None else codec.token_bytes.pieces.num_end_spaces
         self.pending_text = ""
@@ -141,14 +146,16 @@ class Detokenizer:
         found = [(at, s) for s in self.stop if (at := self.pending_text.find(s)) >= 0] if may_stop else []
         if found:
             at, self.stop_match = min(found)
+            at += len(self.stop_match) if self.keeps_stop else 0
             text, self.pending_text = self.pending_text[:at], ""
             return text
         stops = self.stop if may_stop else ()
         return self._release(max((_overlap(self.pending_text, s) for s in stops), default=0))
 
     def push_end(self, token_id: int) -> str:
-        """Returns the text released by a token that ends the answer: such a token may be a mark."""
-        self._take(self.text.push_end(token_id))
+        """Returns the text released by a token that ends the answer: such a token may be a mark, or its text
+        is wanted."""
+        self._take(self.text.push(token_id) if self.keeps_stop else self.text.push_end(token_id))
         return self._release(0)
 
     def flush(self) -> str:

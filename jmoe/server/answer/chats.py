@@ -12,6 +12,7 @@ from jmoe.server.answer.formats import (
     answer_text,
     answer_thoughts,
     finish_reason,
+    prompt_scores,
     stop_reason,
 )
 from jmoe.server.answer.logprobs import chat_logprobs
@@ -57,6 +58,7 @@ class ChatFormat:
             object="chat.completion",
             choices=[self.choice(i, outputs) for i, outputs in enumerate(choices)],
             usage=usage,
+            prompt_logprobs=prompt_scores(self.fields, choices[0]),
         )
 
     def piece(self, index: int, output: Output) -> ChatPiece:

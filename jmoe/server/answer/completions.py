@@ -6,7 +6,6 @@ from msgspec import UNSET, UnsetType
 
 from jmoe.engine.request import Output, TokenLogprob
 from jmoe.engine.text.answer_text import AnswerText
-from jmoe.engine.text.codec import TextCodec
 from jmoe.server.answer.formats import (
     ChoiceFields,
     Outputs,
@@ -14,9 +13,10 @@ from jmoe.server.answer.formats import (
     answer_text,
     answer_thoughts,
     finish_reason,
+    prompt_scores,
     stop_reason,
 )
-from jmoe.server.answer.logprobs import completion_logprobs
+from jmoe.server.answer.logprobs import completion_logprobs, with_alternatives
 from jmoe.server.answer.replies import Completion, CompletionChoice, CompletionLogprobs, Head, Usage
 from jmoe.server.request.prompts import Prompt
 
@@ -24,10 +24,12 @@ from jmoe.server.request.prompts import Prompt
 class Offsets:
     """Counts the characters of one choice's text, to find where in them each token begins."""
 
-    def __init__(self, prompt: Prompt, codec: TextCodec | None, *, echo: bool):
-        self.prompt, self.codec = prompt, codec
-        self.position = len(prompt.text) if echo else 0
-        self.text = None if codec is None else AnswerText(codec.token_bytes, prompt.token_ids)
+    def __init__(self, prompt: Prompt, fields: ChoiceFields, *, echo: bool):
+        self.prompt, self.codec = prompt, fields.codec
+        self.position, self.text = len(prompt.text) if echo else 0, None
+        if fields.codec is not None:
+            bytes_of, shown = fields.codec.token_bytes, fields.shows_special
+            self.text = AnswerText(bytes_of, prompt.token_ids, shows_special=shown)
 
     def prompt_offsets(self) -> list[int]:
         return [0] * len(self.prompt.token_ids) if self.codec is None else self.prompt.offsets(self.codec)
@@ -69,6 +71,7 @@ class CompletionFormat:
             index=index,
             text=offsets.prompt.text + answer_text(outputs) if echoes else answer_text(outputs),
             logprobs=None if self.fields.alternatives is None else self._logprobs(offsets, outputs, echoes),
+            prompt_logprobs=prompt_scores(self.fields, outputs),
             reasoning_content=answer_thoughts(outputs),
             finish_reason=finish_reason(outputs),
             stop_reason=stop_reason(outputs),
@@ -78,7 +81,7 @@ class CompletionFormat:
     def _offsets(self, index: int) -> Offsets:
         if (offsets := self.offsets[index]) is None:
             prompt = self.prompts[index // self.fields.n]
-            offsets = self.offsets[index] = Offsets(prompt, self.fields.codec, echo=self.echo)
+            offsets = self.offsets[index] = Offsets(prompt, self.fields, echo=self.echo)
         return offsets
 
     def _logprobs(self, offsets: Offsets, outputs: Outputs, with_prompt: bool) -> CompletionLogprobs:
@@ -87,7 +90,8 @@ class CompletionFormat:
         ]
         positions = [offsets.next_offset(token_id) for token_id, _ in entries]
         if with_prompt:
-            scores = outputs[0].prompt_logprobs or ()
+            most = self.fields.alternatives or 0
+            scores = [with_alternatives(each, most) for each in outputs[0].prompt_logprobs or ()]
             prompt = [*zip(offsets.prompt.token_ids, scores, strict=False)]
             entries = [*prompt, *entries]
             positions = [*offsets.prompt_offsets()[: len(prompt)], *positions]

@@ -8,12 +8,14 @@ from msgspec import UNSET, UnsetType
 
 from jmoe.engine.request import Output
 from jmoe.engine.text.codec import TextCodec
+from jmoe.server.answer.logprobs import prompt_logprobs
 from jmoe.server.answer.replies import (
     ChatCompletion,
     ChatCompletionChunk,
     Completion,
     FinishReason,
     Head,
+    PromptLogprobs,
     Usage,
 )
 
@@ -31,12 +33,16 @@ class ChoiceFields:
     alternatives: number of alternatives for each token; None = no log-probabilities.
     has_token_ids: whether a choice has the field ``token_ids``, as vLLM writes it; a model without a
         tokenizer can answer only with this field.
+    prompt_alternatives: number of alternatives for each token of the prompt; None = no log-probabilities.
+    shows_special: whether the text has special tokens.
     """
 
     codec: TextCodec | None
     n: int
     alternatives: int | None
     has_token_ids: bool
+    prompt_alternatives: int | None = None
+    shows_special: bool = False
 
 
 class AnswerFormat(Protocol):
@@ -56,6 +62,13 @@ class AnswerFormat(Protocol):
 
 def answer_text(outputs: Outputs) -> str:
     return "".join(output.text for output in outputs)
+
+
+def prompt_scores(fields: ChoiceFields, outputs: Outputs) -> PromptLogprobs | UnsetType:
+    """Returns the log-probabilities of the choice's prompt; UNSET if they are not requested."""
+    if fields.prompt_alternatives is None:
+        return UNSET
+    return prompt_logprobs(outputs[0].prompt_logprobs or (), fields.codec, fields.prompt_alternatives)
 
 
 def answer_thoughts(outputs: Outputs) -> str | UnsetType:

@@ -1,10 +1,17 @@
 """Log-probabilities in the two shapes of OpenAI's API."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from jmoe.engine.request import TokenLogprob
 from jmoe.engine.text.codec import TextCodec
-from jmoe.server.answer.replies import ChatLogprob, ChatLogprobs, CompletionLogprobs, TopLogprob
+from jmoe.server.answer.replies import (
+    ChatLogprob,
+    ChatLogprobs,
+    CompletionLogprobs,
+    PromptLogprob,
+    TopLogprob,
+)
 
 LOWEST = -9999.0  # JSON has no minus infinity; OpenAI writes this
 
@@ -43,6 +50,29 @@ def _top_logprobs(entry: TokenLogprob, codec: TextCodec | None) -> dict[str, flo
             name = token_name(token_id, codec)
             values[f"token_id:{token_id}" if name in values else name] = _finite(logprob)
     return dict(sorted(values.items(), key=lambda item: -item[1]))
+
+
+def prompt_logprobs(
+    scores: Sequence[TokenLogprob | None], codec: TextCodec | None, alternatives: int
+) -> list[dict[str, PromptLogprob] | None]:
+    """Returns the log-probabilities of a prompt in vLLM's form: for each token an object by token id, the
+    token itself first."""
+    return [None if entry is None else _by_id(entry, codec, alternatives) for entry in scores]
+
+
+def _by_id(entry: TokenLogprob, codec: TextCodec | None, alternatives: int) -> dict[str, PromptLogprob]:
+    own = [(entry.token_id, entry.logprob, entry.rank)]
+    top = ((id, logprob, i + 1) for i, (id, logprob) in enumerate(entry.top[:alternatives]))
+    every = [*own, *(each for each in top if each[0] != entry.token_id)]
+    return {str(id): PromptLogprob(_finite(p), rank, token_name(id, codec)) for id, p, rank in every}
+
+
+def with_alternatives(entry: TokenLogprob | None, count: int) -> TokenLogprob | None:
+    """Returns the entry with no more than ``count`` alternatives, and the token itself."""
+    if entry is None:
+        return None
+    top, own = entry.top[:count], (entry.token_id, entry.logprob)
+    return replace(entry, top=top if entry.token_id in dict(top) else (*top, own))
 
 
 def chat_logprobs(

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType, defstruct
 
 from jmoe.config.counters import USAGE, names
-from jmoe.server.request.schema import Count, Strict
+from jmoe.server.request.fields.base import Count, Strict
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -57,12 +57,28 @@ class CompletionLogprobs(Strict):
     text_offset: list[Count]
 
 
+class PromptLogprob(Strict):
+    """logprob: log-probability of the token.
+    rank: number of tokens that are at least as likely, with itself.
+    decoded_token: text of the token.
+    """
+
+    logprob: float
+    rank: Count | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
 class CompletionChoice(Strict, kw_only=True):
     """One answer, or in a stream a piece of it.
 
     index: number of the choice.
     text: text of the answer, or of the piece.
     logprobs: log-probabilities; null unless requested.
+    prompt_logprobs: log-probabilities of the prompt by token id, null for its first token; absent unless
+        requested.
     reasoning_content: text of all channels except the final one; absent for models without channels.
     finish_reason: reason for the end; null until the choice ends.
     stop_reason: stop string or token id that ended the choice; absent if none did.
@@ -72,6 +88,7 @@ class CompletionChoice(Strict, kw_only=True):
     index: Count
     text: str
     logprobs: CompletionLogprobs | None
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET
     finish_reason: FinishReason | None
     stop_reason: str | int | UnsetType = UNSET
@@ -187,9 +204,19 @@ class ChatChoice(Strict, kw_only=True):
 
 
 class ChatCompletion(Head, kw_only=True):
+    """The whole answer of a chat.
+
+    object: type of the answer.
+    choices: one per answer.
+    usage: tokens of the request.
+    prompt_logprobs: log-probabilities of the prompt by token id, null for its first token; absent unless
+        requested.
+    """
+
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class FunctionPiece(Strict, kw_only=True):

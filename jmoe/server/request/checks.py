@@ -55,11 +55,24 @@ def check_generation(body: GenerationRequest) -> None:
     check_supported(body)
     if body.best_of not in (None, 1, body.n):  # best_of = n leaves out no answer
         raise unsupported("best_of", "best_of is not supported here, only null or 1 or n is accepted")
+    _check_sampling(body)
     options = body.stream_options
     if options is not None:
         check_supported(options, "stream_options.")
         if not body.stream and (options.include_usage or options.continuous_usage_stats):
             raise invalid("stream_options is only allowed with stream: true", "stream_options")
+
+
+def _check_sampling(body: GenerationRequest) -> None:
+    if body.stream and body.prompt_logprobs is not None:
+        raise invalid("prompt_logprobs is not available with stream: true", "prompt_logprobs")
+    factors = {body.repetition_penalty, body.repeat_penalty} - {None}
+    if len(factors) > 1:
+        raise invalid("repetition_penalty and repeat_penalty differ; give one", "repeat_penalty")
+    if body.repeat_penalty not in (None, 1) and body.repeat_last_n not in (None, -1):
+        raise unsupported(
+            "repeat_last_n", "repeat_last_n is not supported here: repeat_penalty concerns all tokens, as -1"
+        )
 
 
 def check_completion(body: CompletionRequest) -> None:
@@ -73,6 +86,11 @@ def check_chat(body: ChatRequest, support: ToolSupport) -> CheckedChat:
 
     support: how the model's answers call functions.
     """
+    if body.truncate_prompt_tokens is not None:
+        raise unsupported(
+            "truncate_prompt_tokens",
+            "truncate_prompt_tokens is only for /v1/completions: it would cut the chat's template in two",
+        )
     check_generation(body)
     check_messages(body.messages)
     check_final_message(body)
@@ -80,6 +98,11 @@ def check_chat(body: ChatRequest, support: ToolSupport) -> CheckedChat:
     if exceeds([[f.name, f.description, f.parameters] for f in functions], MAX_TOOL_CHARACTERS):
         raise invalid(f"tools hold more than {MAX_TOOL_CHARACTERS} characters", "tools")
     tools = tool_use(body, support)
+    if tools is not None and body.skip_special_tokens is False:
+        raise invalid(
+            "skip_special_tokens: false is not available with tools, whose calls are read from the text",
+            "skip_special_tokens",
+        )
     for name in body.chat_template_kwargs or ():
         if name in RESERVED:
             raise invalid(f"{name!r} is not a variable that a request may set", "chat_template_kwargs")

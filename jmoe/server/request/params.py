@@ -13,7 +13,8 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's default for completions; chat goes on to the
 
 def completion_params(body: CompletionRequest, vocab_size: int) -> SamplingParams:
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else _limit(body.max_tokens)
-    return _params(body, vocab_size, max_tokens, body.logprobs, body.logprobs if body.echo else None)
+    scored = [n for n in (body.logprobs if body.echo else None, body.prompt_logprobs) if n is not None]
+    return _params(body, vocab_size, max_tokens, body.logprobs, max(scored, default=None))
 
 
 def chat_params(chat: CheckedChat, vocab_size: int, turn_ends: tuple[str, ...]) -> SamplingParams:
@@ -25,7 +26,7 @@ def chat_params(chat: CheckedChat, vocab_size: int, turn_ends: tuple[str, ...]) 
     body = chat.body
     limit = _limit(body.max_completion_tokens if body.max_tokens is None else body.max_tokens)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = _params(body, vocab_size, limit, logprobs, None)
+    params = _params(body, vocab_size, limit, logprobs, body.prompt_logprobs)
     is_free = chat.grammar is None or (chat.tools is not None and chat.tools.choice == "auto")
     stop = (*params.stop, *turn_ends) if is_free else params.stop
     return dataclasses.replace(params, stop=stop)
@@ -44,11 +45,12 @@ def _params(
     logprobs: int | None,
     prompt_logprobs: int | None,
 ) -> SamplingParams:
-    outside = next((t for t in body.stop_token_ids or () if t >= vocab_size), None)
-    if outside is not None:
-        raise invalid(
-            f"stop_token_ids: {outside} is not below the vocabulary's {vocab_size}", "stop_token_ids"
-        )
+    for field in ("stop_token_ids", "allowed_token_ids"):
+        outside = next((t for t in getattr(body, field) or () if t >= vocab_size), None)
+        if outside is not None:
+            raise invalid(f"{field}: {outside} is not below the vocabulary's {vocab_size}", field)
+    repetition = body.repeat_penalty if body.repetition_penalty is None else body.repetition_penalty
+    allowed = body.allowed_token_ids
     stop = (body.stop,) if isinstance(body.stop, str) and body.stop else tuple(body.stop or ())
     try:
         return SamplingParams(
@@ -57,6 +59,13 @@ def _params(
             top_p=1.0 if body.top_p is None else body.top_p,
             top_k=body.top_k or 0,
             min_p=body.min_p or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            presence_penalty=body.presence_penalty or 0.0,
+            repetition_penalty=1.0 if repetition is None else repetition,
+            allowed_token_ids=None if allowed is None else tuple(allowed),
+            bad_words=tuple(body.bad_words or ()),
+            include_stop_str_in_output=bool(body.include_stop_str_in_output),
+            skip_special_tokens=body.skip_special_tokens is not False,
             seed=body.seed,
             stop=stop,
             stop_token_ids=tuple(body.stop_token_ids or ()),

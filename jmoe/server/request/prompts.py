@@ -88,12 +88,12 @@ def completion_prompts(
     if not kinds:
         raise invalid("prompt must not be empty", "prompt")
     if kinds == {int}:
-        return [_from_ids(prompt, encoder.codec, echo)]  # type: ignore[arg-type]
+        return [prompt_of_ids(prompt, encoder.codec, echo)]  # type: ignore[arg-type]
     if len(prompt) > MAX_CHOICES:
         raise invalid(f"prompt holds {len(prompt)} prompts; the limit is {MAX_CHOICES}", "prompt")
     if kinds == {str}:
         return [_from_text(item, encoder) for item in prompt]  # type: ignore[arg-type]
-    return [_from_ids(item, encoder.codec, echo) for item in prompt]  # type: ignore[arg-type]
+    return [prompt_of_ids(item, encoder.codec, echo) for item in prompt]  # type: ignore[arg-type]
 
 
 def _from_text(text: str, encoder: TextEncoder) -> Prompt:
@@ -103,7 +103,7 @@ def _from_text(text: str, encoder: TextEncoder) -> Prompt:
     return Prompt(ids, text)
 
 
-def _from_ids(ids: list[int], codec: TextCodec | None, echo: bool) -> Prompt:
+def prompt_of_ids(ids: list[int], codec: TextCodec | None, echo: bool) -> Prompt:
     """Returns token ids as they are: no BOS is added (evaluation harnesses send their own)."""
     if not ids:
         raise invalid("prompt must not be empty", "prompt")

@@ -1,26 +1,35 @@
-"""Request bodies as typed structs. A null means the default; an unknown field is refused by name.
-
-Fields that clients send and this server cannot honour are declared too (``only``), so that the values that
-request nothing pass and any other value is answered with a 400 that names the field.
-"""
+"""Request bodies as typed structs. A null means the default; an unknown field is refused by name."""
 
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
 from jmoe.server.request.bounds import MAX_MESSAGES
-from jmoe.server.request.fields.base import Absent, Count, Name, Off, On, One, Strict, Unlimited, Zero, only
+from jmoe.server.request.fields.base import (
+    Absent,
+    Alternatives,
+    BadWord,
+    Bias,
+    Count,
+    Factor,
+    GrammarText,
+    Limit,
+    Name,
+    Off,
+    On,
+    One,
+    Penalty,
+    Positive,
+    StopText,
+    StopTexts,
+    Strict,
+    Unlimited,
+    Zero,
+    only,
+)
 from jmoe.server.request.fields.chat import AllowedTools, Message, NamedTool, ThinkingSwitch, Tool
 
 MAX_CHOICES = 1024  # answers one HTTP request may ask for: prompts x n, bounded before anything is allocated
-
-Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-Alternatives = Annotated[int, Meta(ge=0, le=20)]
-Limit = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
-StopText = Annotated[str, Meta(max_length=1024)]
-StopTexts = Annotated[list[Annotated[StopText, Meta(min_length=1)]], Meta(max_length=16)]
-Bias = Annotated[float, Meta(ge=-100, le=100)]
-GrammarText = Annotated[str, Meta(min_length=1, max_length=64 * 1024)]
 
 
 class StreamOptions(Strict, kw_only=True):
@@ -77,6 +86,12 @@ class GenerationRequest(Strict, kw_only=True):
     """The fields of completions and chat completions that are not OpenAI's, or differ:
 
     seed: seed of the draws; answer i of a prompt uses seed + i.
+    repeat_penalty: llama-server's name of repetition_penalty; here it concerns all tokens.
+    allowed_token_ids: the only tokens that may be sampled.
+    bad_words: texts that are never completed.
+    prompt_logprobs: number of alternatives reported for each token of the prompt.
+    include_stop_str_in_output: whether the stop string stays in the text.
+    skip_special_tokens: whether special tokens have no text.
     cache_salt: cached prompts are shared only between requests of the same salt.
     add_special_tokens: whether text gets the tokenizer's special tokens.
     structured_outputs: form of the whole answer, in vLLM's fields.
@@ -98,6 +113,15 @@ class GenerationRequest(Strict, kw_only=True):
     return_token_ids: bool | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     logit_bias: Annotated[dict[str, Bias], Meta(max_length=256)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: Factor | None = None
+    repeat_penalty: Factor | None = None
+    allowed_token_ids: Annotated[list[Count], Meta(min_length=1, max_length=2**18)] | None = None
+    bad_words: Annotated[list[BadWord], Meta(max_length=1024)] | None = None
+    prompt_logprobs: Alternatives | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     add_special_tokens: bool | None = None
     response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
@@ -116,19 +140,11 @@ class GenerationRequest(Strict, kw_only=True):
     session_id: str | None = None
     cache_prompt: bool | None = None
     # Neutral values only: OpenAI's fields, then vLLM's, SGLang's and llama-server's.
-    frequency_penalty: Zero = None
-    presence_penalty: Zero = None
-    repetition_penalty: One = None
     length_penalty: One = None
     use_beam_search: Off = None
     early_stopping: Off = None
     priority: Zero = None
-    skip_special_tokens: On = None
     spaces_between_special_tokens: On = None
-    include_stop_str_in_output: Off = None
-    truncate_prompt_tokens: Absent = None
-    truncation_side: Annotated[Any, only("left", "right")] = None
-    bad_words: Annotated[Any, only([])] = None
     thinking_token_budget: Unlimited = None
     stream_interval: One = None
     watermarking: Off = None
@@ -148,7 +164,6 @@ class GenerationRequest(Strict, kw_only=True):
     n_keep: Zero = None
     min_keep: Zero = None
     id_slot: Unlimited = None
-    repeat_penalty: One = None
     typical_p: One = None
     typ_p: One = None
     tfs_z: One = None
@@ -174,12 +189,17 @@ class GenerationRequest(Strict, kw_only=True):
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
-    """prompt: text, texts, token ids or lists of token ids."""
+    """prompt: text, texts, token ids or lists of token ids.
+    truncate_prompt_tokens: most tokens of a prompt, of which a longer one keeps the last; -1 is what fits.
+    truncation_side: side of the tokens that a longer prompt loses.
+    """
 
     prompt: str | list[str | int | list[int]]
     max_tokens: Limit | None = None
     echo: bool | None = None
     logprobs: Alternatives | None = None
+    truncate_prompt_tokens: Limit | None = None
+    truncation_side: Literal["left", "right"] | None = None
     # Neutral values only.
     suffix: Annotated[Any, only("")] = None
 
@@ -219,6 +239,8 @@ class ChatRequest(GenerationRequest, kw_only=True):
     verbosity: Annotated[Any, only("medium")] = None
     web_search_options: Absent = None
     echo: Off = None
+    truncate_prompt_tokens: Absent = None
+    truncation_side: Annotated[Any, only("left", "right")] = None
     documents: Annotated[Any, only([])] = None
     include_reasoning: On = None
     media_io_kwargs: Annotated[Any, only({})] = None

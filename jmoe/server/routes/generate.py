@@ -9,6 +9,7 @@ from functools import partial
 from starlette.requests import Request
 from starlette.responses import Response
 
+from jmoe.engine.request import SamplingParams
 from jmoe.server.answer.calls import ToolFormat
 from jmoe.server.answer.chats import ChatFormat
 from jmoe.server.answer.completions import CompletionFormat
@@ -17,9 +18,10 @@ from jmoe.server.answer.formats import AnswerFormat, ChoiceFields
 from jmoe.server.request.checks import check_chat, check_completion
 from jmoe.server.request.params import chat_params, completion_params, fan_out
 from jmoe.server.request.prepared import PreparedRequest
-from jmoe.server.request.prompts import TextEncoder, chat_prompt, completion_prompts
-from jmoe.server.request.schema import ChatRequest, CompletionRequest
+from jmoe.server.request.prompts import TextEncoder, chat_prompt
+from jmoe.server.request.schema import ChatRequest, CompletionRequest, GenerationRequest
 from jmoe.server.request.structured import requested_grammar
+from jmoe.server.request.truncation import cut_prompts, truncation
 from jmoe.server.service import Service
 
 
@@ -40,8 +42,8 @@ def _completion(service: Service, raw: bytes) -> tuple[PreparedRequest, AnswerFo
     params, n = completion_params(body, service.facts.vocab_size), body.n or 1
     grammar = requested_grammar(body)
     encoder = _encoder(service, adds_special=body.add_special_tokens is not False)
-    prompts = completion_prompts(body.prompt, encoder, echo=bool(body.echo))
-    fields = ChoiceFields(encoder.codec, n, params.logprobs, bool(body.return_token_ids))
+    prompts = cut_prompts(body, encoder, truncation(body, params, service.facts.max_model_len))
+    fields = _fields(service, body, params)
     form = CompletionFormat(fields, prompts, echo=bool(body.echo))
     return PreparedRequest(body, prompts, fan_out(params, len(prompts), n), grammar, "prompt"), form
 
@@ -53,9 +55,20 @@ def _chat(service: Service, raw: bytes) -> tuple[PreparedRequest, AnswerFormat]:
     params, n = chat_params(chat, service.facts.vocab_size, service.turn_ends), body.n or 1
     encoder = _encoder(service, adds_special=bool(body.add_special_tokens))
     prompt = chat_prompt(chat, service.chat, encoder)
-    fields = ChoiceFields(encoder.codec, n, params.logprobs, bool(body.return_token_ids))
+    fields = _fields(service, body, params)
     form = ChatFormat(fields) if tools is None else ToolFormat(fields, tools)
     return PreparedRequest(body, [prompt], fan_out(params, 1, n), chat.grammar, "messages"), form
+
+
+def _fields(service: Service, body: GenerationRequest, params: SamplingParams) -> ChoiceFields:
+    return ChoiceFields(
+        codec=service.facts.codec,
+        n=body.n or 1,
+        alternatives=params.logprobs,
+        has_token_ids=bool(body.return_token_ids),
+        prompt_alternatives=body.prompt_logprobs,
+        shows_special=not params.skip_special_tokens,
+    )
 
 
 def _encoder(service: Service, *, adds_special: bool) -> TextEncoder:

@@ -57,11 +57,11 @@ def possible(logits: np.ndarray, allowed: np.ndarray, params: SamplingParams) ->
     best = np.flatnonzero(x == x.max())
     with np.errstate(over="ignore"):
         p = np.exp((x - x.max()) / params.temperature) if params.temperature else (x == x.max()).astype(float)
-    order = [t for t in np.argsort(-p, kind="stable") if p[t] > 0]
+    order = [t for t in np.argsort(-p, kind="stable") if p[t] > 0 and p[t] >= params.min_p * p.max()]
     order = order[: params.top_k if params.top_k > 0 else None]
     share = p[order] / p[order].sum()
     kept = [t for t, before in zip(order, np.cumsum(share) - share, strict=True) if before < params.top_p]
-    return {int(t) for t in kept or best if p[t] >= params.min_p * p.max()}
+    return {int(t) for t in kept or best}
 
 
 def drawn(shift: float, masked: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -122,6 +122,7 @@ def rows_of(n: int, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, vocab=8) -> 
         (1.5, 0.8, 4, 0),
         (1.0, 1.0, 0, 0.3),
         (0.8, 0.9, 6, 0.2),
+        (1.0, 0.6, 0, 0.25),
     ],
 )
 def test_draws_follow_the_truncated_distribution(temperature, top_p, top_k, min_p):
@@ -130,10 +131,9 @@ def test_draws_follow_the_truncated_distribution(temperature, top_p, top_k, min_
     drawn = jax.jit(sample)(jnp.tile(logits, (n, 1)), rows_of(n, temperature, top_p, top_k, min_p)).ids_B
     p = np.exp(logits / temperature)
     order = np.argsort(-p)
-    keep = order[: top_k or len(p)]
+    keep = order[p[order] >= min_p * p.max()][: top_k or len(p)]
     q = p[keep] / p[keep].sum()
     keep = keep[np.cumsum(q) - q < top_p]
-    keep = keep[p[keep] >= min_p * p.max()]
     want = np.zeros(8)
     want[keep] = p[keep] / p[keep].sum()
     got = np.bincount(drawn, minlength=8) / n

@@ -53,6 +53,26 @@ def test_half_a_character_is_held_back_and_flushed(codec: TextCodec):
     assert detokenizer.flush() == "\ufffd", "an unfinished character shows at the end, it is not lost"
 
 
+def test_the_end_of_a_text_may_stay(codec: TextCodec):
+    """The stop string, the text of a token that ends the answer, and special tokens each stay if wanted."""
+    end, x = codec.tokenizer.token_to_id("<end>"), codec.encode("x")[0]
+
+    def text(last: int, **given: bool) -> tuple[str, str]:
+        detokenizer = Detokenizer(codec, ("cd",), [], **given)
+        pushed = "".join(map(detokenizer.push, [*codec.encode("abc"), end]))
+        return pushed + detokenizer.push_end(last) + detokenizer.flush(), _stopped(codec, **given)
+
+    assert text(end) == ("abc", "ab") and text(x) == ("abc", "ab")
+    assert text(end, keeps_stop=True) == ("abc", "abcd") and text(x, keeps_stop=True) == ("abcx", "abcd")
+    assert text(end, shows_special=True) == ("abc<end><end>", "ab")
+    assert text(x, shows_special=True) == ("abc<end>", "ab"), "a token of stop_token_ids has no text"
+
+
+def _stopped(codec: TextCodec, **given: bool) -> str:
+    detokenizer = Detokenizer(codec, ("cd",), [], **given)
+    return "".join(map(detokenizer.push, codec.encode("abcd")))
+
+
 def test_codec_refusals(codec: TextCodec, tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer.json; prompts must be token ids"):
         TextCodec(tmp_path, 10)

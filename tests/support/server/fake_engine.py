@@ -114,7 +114,12 @@ class FakeEngine:
                 if self.facts.codec is not None:
                     prompt = None if request.constraint is not None else request.prompt_token_ids
                     self.texts[request.id] = Detokenizer(
-                        self.facts.codec, request.params.stop, prompt, request.markup
+                        self.facts.codec,
+                        request.params.stop,
+                        prompt,
+                        request.markup,
+                        keeps_stop=request.params.include_stop_str_in_output,
+                        shows_special=not request.params.skip_special_tokens,
                     )
             self.lock.notify()
 
@@ -260,7 +265,7 @@ class FakeEngine:
         top = [((token + 1) % size, -0.25), (token, -0.5), ((token + 2) % size, -2.0)][: max(alternatives, 0)]
         if all(t != token for t, _ in top):
             top.append((token, -0.5))
-        return TokenLogprob(token, -0.5, tuple(top))
+        return TokenLogprob(token, -0.5, tuple(top), 2)
 
 
 TEMPLATE = (

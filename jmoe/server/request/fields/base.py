@@ -1,4 +1,8 @@
-"""The parts of which structs of requests are made: strict objects, and fields of neutral values alone."""
+"""The parts of which structs of requests are made: strict objects, and the types of their fields.
+
+Fields that clients send and this server cannot honour are declared too (``only``), so that the values that
+request nothing pass and any other value is answered with a 400 that names the field.
+"""
 
 import functools
 from typing import Annotated, Any
@@ -7,8 +11,18 @@ import msgspec
 from msgspec import Meta
 
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Alternatives = Annotated[int, Meta(ge=0, le=20)]
+Limit = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
+StopText = Annotated[str, Meta(max_length=1024)]
+StopTexts = Annotated[list[Annotated[StopText, Meta(min_length=1)]], Meta(max_length=16)]
 # In Python ``$`` also matches before a last line end, which JavaScript's, and JSON Schema's, does not.
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$(?!\n)")]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Factor = Annotated[float, Meta(gt=0, le=2.0**127)]
+BadWord = Annotated[str, Meta(min_length=1, max_length=1024)]
+GrammarText = Annotated[str, Meta(min_length=1, max_length=64 * 1024)]
 
 
 def only(*values: Any) -> Meta:
