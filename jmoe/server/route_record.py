@@ -34,7 +34,7 @@ class Route(Generic[Shared]):
     operation: name of the operation in traces; None if it is not traced.
     """
 
-    method: Literal["GET", "POST"]
+    method: Literal["GET", "POST", "DELETE"]
     path: str
     handler: Callable[[Shared, Request], Awaitable[Response]]
     summary: str | None

@@ -49,7 +49,7 @@ class Service:
 
     def __init__(self, engine: EngineProtocol, settings: ServerSettings, directory: Path | None, model: str):
         self.engine, self.facts, self.settings = engine, engine.facts, settings
-        self.model = settings.served_model_name or model
+        self.models = settings.served_names or (model,)
         self.template = None if directory is None else load_chat_template(directory)
         self.turn_ends = () if directory is None or self.facts.codec is None else load_turn_ends(directory)
         self.metrics = Metrics(engine)
@@ -63,6 +63,11 @@ class Service:
         self.start_time, self.start_clock = int(time.time()), time.monotonic()
         self.observers: list[Observer] = [self._count_answer, log_answer]
         self.poll = Poll(self._take_snapshot, self._state, self.in_thread)
+
+    @property
+    def model(self) -> str:
+        """The first served name."""
+        return self.models[0]
 
     async def read(self, request: Request, make: Callable[[bytes], Result]) -> Result:
         """Reads the request's body and returns ``make(body)``, run on a thread. It raises a 503 if no work is
@@ -99,7 +104,7 @@ class Service:
             raise engine_dead()
 
     def check_model(self, name: str | None) -> None:
-        if name not in (None, self.model):
+        if name not in (None, *self.models):
             message = f"The model {name[:200]!r} does not exist"
             raise ApiError(404, message, param="model", code="model_not_found")
 
@@ -122,13 +127,17 @@ class Service:
             raise
         return generation
 
-    def head(self, prefix: str) -> Head:
+    def head(self, prefix: str, model: str | None) -> Head:
         """Returns the first fields of every answer. The server makes the id, so no two live requests share
-        one."""
+        one.
+
+        prefix: beginning of the id.
+        model: name that the request has; None = it has none.
+        """
         return Head(
-            id=f"{prefix}-{uuid.uuid4().hex}",
+            id=prefix + uuid.uuid4().hex,
             created=int(time.time()),
-            model=self.model,
+            model=model or self.model,
             system_fingerprint=f"jmoe-{__version__}",
         )
 

@@ -4,6 +4,7 @@ Both go the same way: the body is read and checked, its prompts become tokens, t
 format writes the answer.
 """
 
+from dataclasses import replace
 from functools import partial
 
 from starlette.requests import Request
@@ -11,6 +12,7 @@ from starlette.responses import Response
 
 from jmoe.server.answer.calls import ToolFormat
 from jmoe.server.answer.chats import ChatFormat
+from jmoe.server.answer.chunks import Chunks
 from jmoe.server.answer.completions import CompletionFormat
 from jmoe.server.answer.delivery import Answer, EventStream, UsageCounter, stream_events, whole_answer
 from jmoe.server.answer.formats import AnswerFormat, ChoiceFields
@@ -20,17 +22,18 @@ from jmoe.server.request.prepared import PreparedRequest
 from jmoe.server.request.prompts import TextEncoder, chat_prompt, completion_prompts
 from jmoe.server.request.schema import ChatRequest, CompletionRequest
 from jmoe.server.request.structured import requested_grammar
+from jmoe.server.request.tools import ToolUse
 from jmoe.server.service import Service
 
 
 async def create_completion(service: Service, request: Request) -> Response:
     prepared, form = await service.read(request, partial(_completion, service))
-    return await _answer(service, request, prepared, form, "cmpl")
+    return await answered(service, request, prepared, form, "cmpl-")
 
 
 async def create_chat_completion(service: Service, request: Request) -> Response:
     prepared, form = await service.read(request, partial(_chat, service))
-    return await _answer(service, request, prepared, form, "chatcmpl")
+    return await answered(service, request, prepared, form, "chatcmpl-")
 
 
 def _completion(service: Service, raw: bytes) -> tuple[PreparedRequest, AnswerFormat]:
@@ -42,35 +45,53 @@ def _completion(service: Service, raw: bytes) -> tuple[PreparedRequest, AnswerFo
     encoder = _encoder(service, adds_special=body.add_special_tokens is not False)
     prompts = completion_prompts(body.prompt, encoder, echo=bool(body.echo))
     fields = ChoiceFields(encoder.codec, n, params.logprobs, bool(body.return_token_ids))
-    form = CompletionFormat(fields, prompts, echo=bool(body.echo))
+    form = Chunks(CompletionFormat(fields, prompts, echo=bool(body.echo)), body.stream_options)
     return PreparedRequest(body, prompts, fan_out(params, len(prompts), n), grammar, "prompt"), form
 
 
 def _chat(service: Service, raw: bytes) -> tuple[PreparedRequest, AnswerFormat]:
     """Does all work whose time grows with the body."""
-    chat = check_chat(service.decode(raw, ChatRequest))
-    body, tools = chat.body, chat.tools
+    prepared, tools = prepared_chat(service, service.decode(raw, ChatRequest))
+    body, params = prepared.body, prepared.params
+    fields = ChoiceFields(service.facts.codec, len(params), params[0].logprobs, bool(body.return_token_ids))
+    form = ChatFormat(fields) if tools is None else ToolFormat(fields, tools)
+    return prepared, Chunks(form, body.stream_options)
+
+
+def prepared_chat(
+    service: Service, body: ChatRequest, *, is_clamped: bool = False
+) -> tuple[PreparedRequest, ToolUse | None]:
+    """Returns a chat as the engine takes it, and how its answer uses tools.
+
+    is_clamped: whether an answer longer than the rest of the context is allowed to ask for only that rest.
+    """
+    chat = check_chat(body)
     params, n = chat_params(chat, service.facts.vocab_size, service.turn_ends), body.n or 1
     encoder = _encoder(service, adds_special=bool(body.add_special_tokens))
-    shown, variables = None if tools is None else tools.definitions, body.chat_template_kwargs or {}
+    shown, variables = None if chat.tools is None else chat.tools.definitions, body.chat_template_kwargs or {}
     prompt = chat_prompt(body.messages, service.template, encoder, shown, variables)
-    fields = ChoiceFields(encoder.codec, n, params.logprobs, bool(body.return_token_ids))
-    form = ChatFormat(fields) if tools is None else ToolFormat(fields, tools)
-    return PreparedRequest(body, [prompt], fan_out(params, 1, n), chat.grammar, "messages"), form
+    if is_clamped and params.max_tokens is not None:
+        rest = max(service.facts.max_model_len - len(prompt.token_ids), 1)
+        params = replace(params, max_tokens=min(params.max_tokens, rest))
+    return PreparedRequest(body, [prompt], fan_out(params, 1, n), chat.grammar, "messages"), chat.tools
 
 
 def _encoder(service: Service, *, adds_special: bool) -> TextEncoder:
     return TextEncoder(service.facts.codec, adds_special, service.facts.max_model_len)
 
 
-async def _answer(
+async def answered(
     service: Service, request: Request, prepared: PreparedRequest, form: AnswerFormat, prefix: str
 ) -> Response:
-    head = service.head(prefix)
+    """Generates and returns the answer.
+
+    prefix: beginning of the answer's id.
+    """
+    head = service.head(prefix, prepared.body.model)
     generation = await service.generate(head.id, prepared)
     request.state.generation = generation  # read by the log, metrics and traces of answers
     counter = UsageCounter(prepared.prompts, generation.requests)
     answer = Answer(generation, form, counter, head, service.in_thread)
     if prepared.body.stream:
-        return EventStream(generation, stream_events(answer, prepared.body.stream_options))
+        return EventStream(generation, stream_events(answer))
     return await whole_answer(request, answer)
