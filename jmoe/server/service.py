@@ -17,12 +17,14 @@ from jmoe import __version__
 from jmoe.engine.faults import contained
 from jmoe.server.answer.generation import Generation
 from jmoe.server.answer.replies import Head
+from jmoe.server.answer.responses.store import ResponseStore
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import ApiError, draining, engine_dead
 from jmoe.server.request.body import BodyBytes, read_body
 from jmoe.server.request.bounds import LIGHT
 from jmoe.server.request.decoding import decode
 from jmoe.server.request.grammars import Grammars
+from jmoe.server.request.notices import Notices
 from jmoe.server.request.prepared import PreparedRequest
 from jmoe.server.settings import ServerSettings
 from jmoe.server.template.chat_template import load_chat_template, load_turn_ends
@@ -55,6 +57,8 @@ class Service:
         self.metrics = Metrics(engine)
         engine.add_listener(self.metrics)
         self.grammars = Grammars(self.facts)
+        self.notices = Notices()
+        self.response_store = ResponseStore() if settings.response_store else None
         self.executor = ThreadPoolExecutor(THREADS, thread_name_prefix="jmoe-server")
         self.bodies = BodyBytes(BODIES * settings.max_body_bytes)
         self.lanes = [(limit, asyncio.Semaphore(places)) for limit, places in LANES]

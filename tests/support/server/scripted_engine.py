@@ -1,0 +1,101 @@
+"""A fake engine whose answers are written beforehand, with thoughts and calls in a form of the tests' own."""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from support.server.fake_engine import EOS, ByteCodec, FakeEngine
+
+from jmoe.engine.text.markup import Markup
+from jmoe.server.request.dialects import Arguments, CallEnd, CallStart, PlainText
+from jmoe.server.request.tools import tool_use
+
+CALL = re.compile(r"<call>(\w+)(.*?)</call>", re.S)
+
+
+class ScriptedEngine(FakeEngine):
+    """Answers each request with the next of ``scripts``, byte by byte, and then ends the text. Thoughts stand
+    between <think> and </think>."""
+
+    def __init__(self, *scripts: str, **facts):
+        super().__init__(ByteCodec(), **{"max_model_len": 4096, **facts})
+        self.scripts = [[*script.encode(), EOS] for script in scripts]
+        self.script_of: dict[str, list[int]] = {}
+
+    def submit(self, requests):
+        for request in requests:
+            request.markup = Markup(thought_start="<think>", thought_end="</think>")
+            self.script_of[request.id] = self.scripts.pop(0)
+        super().submit(requests)
+
+    def _wanted(self, request, done):
+        return self.script_of[request.id][done]
+
+    def prompt(self, number=-1):
+        """Returns the text of a prompt."""
+        return self.facts.codec.decode(self.seen[number].prompt_token_ids)
+
+
+class ScriptReader:
+    """Reads calls of the form <call>NAME{...}</call>: a call when it ends, or the answer does."""
+
+    def __init__(self):
+        self.unread = ""
+
+    def feed(self, text):
+        self.unread += text
+        events = []
+        while (found := CALL.search(self.unread)) is not None:
+            events += [PlainText(self.unread[: found.start()])] if found.start() else []
+            half = len(found[2]) // 2
+            events += [CallStart(found[1]), Arguments(found[2][:half]), Arguments(found[2][half:]), CallEnd()]
+            self.unread = self.unread[found.end() :]
+        start = self.unread.find("<")
+        free, self.unread = (self.unread, "") if start < 0 else (self.unread[:start], self.unread[start:])
+        return [*events, *([PlainText(free)] if free else [])]
+
+    def close(self):
+        name, _, arguments = self.unread.removeprefix("<call>").partition("{")
+        return [CallStart(name), Arguments("{" + arguments)] if arguments else []
+
+
+@dataclass(frozen=True)
+class FreeCalls:
+    """A use of tools without a grammar, for any ``tool_choice``."""
+
+    functions: list[Any]
+    definitions: list[dict[str, Any]]
+    choice: str
+    body: Any
+    grammar_maker: None = None
+
+    def reader(self):
+        return ScriptReader()
+
+
+def free_calls(monkeypatch):
+    """Makes the answers of the scripts the calls of every request with tools; returns the requests' uses."""
+    uses = []
+
+    def use(body):
+        choice = body.tool_choice
+        if not body.tools or choice == "none":
+            return tool_use(body)
+        functions = [tool.function for tool in body.tools]
+        kind = choice if isinstance(choice, str) else "named" if choice else "auto"
+        uses.append(FreeCalls(functions, [tool.source for tool in body.tools], kind, body))
+        return uses[-1]
+
+    monkeypatch.setattr("jmoe.server.request.checks.tool_use", use)
+    return uses
+
+
+def named_events(response):
+    """Returns the data of a stream of named events; asserts that each name is the data's type."""
+    made = []
+    for block in response.text.split("\n\n")[:-1]:
+        name, data = block.split("\n")
+        made.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {made[-1]['type']}"
+    return made
