@@ -20,11 +20,11 @@ from jmoe.server.answer.replies import Head
 from jmoe.server.answer.responses.store import ResponseStore
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import ApiError, draining, engine_dead
+from jmoe.server.request.apis.notices import Notices
 from jmoe.server.request.body import BodyBytes, read_body
 from jmoe.server.request.bounds import LIGHT
 from jmoe.server.request.decoding import decode
 from jmoe.server.request.grammars import Grammars
-from jmoe.server.request.notices import Notices
 from jmoe.server.request.prepared import PreparedRequest
 from jmoe.server.settings import ServerSettings
 from jmoe.server.template.chat_template import load_chat_template, load_turn_ends

@@ -23,7 +23,7 @@ LAYERS = {  # the parts of a package, lowest first: a part imports only from its
     ),
     "jmoe.server.request": (
         "bounds", "schema", "body", "decoding", "dialects", "tools", "structured", "checks", "grammars",
-        "messages", "prompts", "params", "prepared", "notices", "conversion", "responses", "anthropic",
+        "messages", "prompts", "params", "prepared", "apis",
     ),
 }  # fmt: skip
 SOURCES = sorted([*(ROOT / "jmoe").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])

@@ -9,9 +9,9 @@ from jmoe.server.answer.anthropic.format import MessagesFormat
 from jmoe.server.answer.anthropic.replies import TokenCount
 from jmoe.server.answer.formats import AnswerFormat
 from jmoe.server.errors import ANTHROPIC_PATH, ApiError, json_response
-from jmoe.server.request.anthropic.convert import NAMES, messages_chat
-from jmoe.server.request.anthropic.fields import CountRequest, MessagesRequest
-from jmoe.server.request.conversion import decode_open, renaming
+from jmoe.server.request.apis.anthropic.convert import NAMES, messages_chat
+from jmoe.server.request.apis.anthropic.fields import CountRequest, MessagesRequest
+from jmoe.server.request.apis.conversion import decode_open, renaming
 from jmoe.server.request.prepared import PreparedRequest
 from jmoe.server.routes.generate import answered, prepared_chat
 from jmoe.server.service import Service

@@ -12,11 +12,11 @@ from jmoe.server.answer.responses.format import ResponsesFormat
 from jmoe.server.answer.responses.replies import Deleted, InputTokens
 from jmoe.server.answer.responses.store import StoredResponse
 from jmoe.server.errors import ApiError, invalid, json_response
-from jmoe.server.request.conversion import Body, decode_open, renaming
+from jmoe.server.request.apis.conversion import Body, decode_open, renaming
+from jmoe.server.request.apis.responses.convert import NAMES, ResponsesChat, responses_chat
+from jmoe.server.request.apis.responses.fields import InputRequest, ResponsesRequest
+from jmoe.server.request.apis.responses.items import found_items, items_of
 from jmoe.server.request.prepared import PreparedRequest
-from jmoe.server.request.responses.convert import NAMES, ResponsesChat, responses_chat
-from jmoe.server.request.responses.fields import InputRequest, ResponsesRequest
-from jmoe.server.request.responses.items import found_items, items_of
 from jmoe.server.routes.generate import answered, prepared_chat
 from jmoe.server.service import Service
 

@@ -13,8 +13,8 @@ from jmoe.server.answer import replies
 from jmoe.server.answer.anthropic.replies import MessageEvent, MessageReply, TokenCount
 from jmoe.server.answer.responses.replies import Deleted, InputTokens, ResponseEvent, ResponseReply
 from jmoe.server.errors import AnthropicError, json_response
-from jmoe.server.request.anthropic.fields import CountRequest, MessagesRequest
-from jmoe.server.request.responses.fields import InputRequest, ResponsesRequest
+from jmoe.server.request.apis.anthropic.fields import CountRequest, MessagesRequest
+from jmoe.server.request.apis.responses.fields import InputRequest, ResponsesRequest
 from jmoe.server.request.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from jmoe.server.route_record import EVENTS, JSON, Route
 from jmoe.server.routes import dashboard, generate, info, messages, responses

@@ -1,16 +1,21 @@
 """A fake engine whose answers are written beforehand, with thoughts and calls in a form of the tests' own."""
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from support.server.fake_engine import EOS, ByteCodec, FakeEngine
+from support.server.fake_engine import EOS, ByteCodec, FakeEngine, served
 
 from jmoe.engine.text.markup import Markup
 from jmoe.server.request.dialects import Arguments, CallEnd, CallStart, PlainText
 from jmoe.server.request.tools import tool_use
 
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
+    "{% if m.content is string %}{{ m.content }}{% else %}"
+    "{{ m.content | map(attribute='text') | join('|') }}{% endif %}{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments }}]"
+    "{% endfor %}{{ '\\n' }}{% endfor %}a:"
+)
 CALL = re.compile(r"<call>(\w+)(.*?)</call>", re.S)
 
 
@@ -91,11 +96,21 @@ def free_calls(monkeypatch):
     return uses
 
 
-def named_events(response):
-    """Returns the data of a stream of named events; asserts that each name is the data's type."""
-    made = []
-    for block in response.text.split("\n\n")[:-1]:
-        name, data = block.split("\n")
-        made.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {made[-1]['type']}"
-    return made
+def serving(directory, monkeypatch):
+    """Yields a function that serves scripts to a client, for a fixture.
+
+    directory: folder for the chat template.
+    """
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    uses, contexts = free_calls(monkeypatch), []
+
+    def start(*scripts, settings=None, **facts):
+        engine = ScriptedEngine(*scripts, **facts)
+        contexts.append(served(engine, directory=directory, **settings or {}))
+        client = contexts[-1].__enter__()
+        client.uses = uses
+        return client
+
+    yield start
+    for context in contexts:
+        context.__exit__(None, None, None)

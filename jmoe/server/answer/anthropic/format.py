@@ -25,11 +25,6 @@ from jmoe.server.errors import ApiError
 from jmoe.server.request.tools import ToolUse
 
 SIGNATURE = "am1vZQ=="  # clients only return it
-DELTAS: dict[Kind, tuple[Any, str]] = {
-    "text": ("text_delta", "text"),
-    "thoughts": ("thinking_delta", "thinking"),
-    "call": ("input_json_delta", "partial_json"),
-}
 
 
 class MessagesFormat:
@@ -85,8 +80,7 @@ class MessagesFormat:
                     block.signature = ""
                 yield MessageEvent(type="content_block_start", index=index, content_block=block)
             case Grown():
-                kind, field = DELTAS[section.kind]
-                delta = MessageDelta(type=kind, **{field: change.text})
+                delta = _delta(section.kind, change.text)
                 yield MessageEvent(type="content_block_delta", index=index, delta=delta)
             case Closed():
                 if section.kind == "thoughts":
@@ -107,6 +101,14 @@ class MessagesFormat:
 
 def _event(event: MessageEvent) -> StreamEvent:
     return StreamEvent(event, event.type)
+
+
+def _delta(kind: Kind, text: str) -> MessageDelta:
+    if kind == "text":
+        return MessageDelta(type="text_delta", text=text)
+    if kind == "thoughts":
+        return MessageDelta(type="thinking_delta", thinking=text)
+    return MessageDelta(type="input_json_delta", partial_json=text)
 
 
 def _block(section: Section) -> Block:

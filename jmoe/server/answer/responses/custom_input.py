@@ -3,7 +3,7 @@
 import json
 import re
 
-from jmoe.server.request.responses.tools import INPUT
+from jmoe.server.request.apis.responses.tools import INPUT
 
 _BEGINNING = re.compile(rf'\s*\{{\s*"{INPUT}"\s*:\s*"')
 # Characters and whole escapes of a JSON string; half of a surrogate pair waits for what follows it.

@@ -25,8 +25,8 @@ from jmoe.server.answer.responses.replies import (
 )
 from jmoe.server.answer.sections import Change, Closed, Grown, Opened, Section, Sections
 from jmoe.server.errors import ApiError
-from jmoe.server.request.responses.fields import ResponsesRequest
-from jmoe.server.request.responses.tools import ToolName
+from jmoe.server.request.apis.responses.fields import ResponsesRequest
+from jmoe.server.request.apis.responses.tools import ToolName
 from jmoe.server.request.tools import ToolUse
 
 

@@ -18,7 +18,7 @@ from jmoe.server.answer.responses.replies import (
     SummaryText,
 )
 from jmoe.server.answer.sections import Section
-from jmoe.server.request.responses.tools import ToolName
+from jmoe.server.request.apis.responses.tools import ToolName
 
 
 class ItemWriter(Protocol):

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from jmoe.server.errors import invalid
-from jmoe.server.request.conversion import Open, function_tool, named_function
+from jmoe.server.request.apis.conversion import Open, function_tool, named_function
+from jmoe.server.request.apis.notices import Notices
 from jmoe.server.request.decoding import converted
-from jmoe.server.request.notices import Notices
 from jmoe.server.request.schema import GrammarText
 
 SEPARATOR = "__"  # between a namespace and a function of it

@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from jmoe.server.request.apis.conversion import Open
 from jmoe.server.request.bounds import MAX_MESSAGES
-from jmoe.server.request.conversion import Open
 from jmoe.server.request.schema import Absent, Name, Off, Positive
 
 MAX_TOOLS = 512  # of all types, including those that are left out
@@ -13,7 +13,7 @@ Items = Annotated[list[dict[str, Any]], Meta(max_length=MAX_MESSAGES)]
 
 
 class Reasoning(Open, kw_only=True):
-    """How much the model thinks.
+    """The amount of the model's thoughts.
 
     effort: word that the model's template gets, such as "low".
     summary, generate_summary: any value but null: the thoughts are also written as a summary.

@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from jmoe.server.request.apis.conversion import Open
 from jmoe.server.request.bounds import MAX_MESSAGES
-from jmoe.server.request.conversion import Open
 from jmoe.server.request.schema import Positive, StopTexts
 
 MAX_TOOLS = 512  # of all types, including those that are left out

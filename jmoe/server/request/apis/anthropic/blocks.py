@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from jmoe.server.errors import invalid, unsupported
-from jmoe.server.request.anthropic.fields import Blocks, InputMessage
-from jmoe.server.request.conversion import Open, function_call
+from jmoe.server.request.apis.anthropic.fields import Blocks, InputMessage
+from jmoe.server.request.apis.conversion import Open, function_call
 from jmoe.server.request.decoding import converted
 
 BILLING = "x-anthropic-billing-header:"  # a header for Anthropic's servers, other in every request

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from jmoe.server.errors import ApiError, invalid, unsupported
-from jmoe.server.request.conversion import Open, function_call
+from jmoe.server.request.apis.conversion import Open, function_call
+from jmoe.server.request.apis.responses.tools import ToolName, custom_arguments
 from jmoe.server.request.decoding import converted
-from jmoe.server.request.responses.tools import ToolName, custom_arguments
 
 Content = str | list[dict[str, Any]]
 TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")

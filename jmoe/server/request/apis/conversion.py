@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from jmoe.server.errors import ApiError
+from jmoe.server.request.apis.notices import Notices
 from jmoe.server.request.decoding import converted, decode, unknown_fields
-from jmoe.server.request.notices import Notices
 from jmoe.server.request.schema import ChatRequest
 
 

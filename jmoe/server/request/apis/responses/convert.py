@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from jmoe.server.errors import invalid
+from jmoe.server.request.apis.conversion import chat_request, thinking_fields
+from jmoe.server.request.apis.notices import Notices
+from jmoe.server.request.apis.responses.fields import FlatFormat, InputRequest, ResponsesRequest
+from jmoe.server.request.apis.responses.items import Conversation
+from jmoe.server.request.apis.responses.tools import FlatTools, flat_tools
 from jmoe.server.request.checks import check_supported
-from jmoe.server.request.conversion import chat_request, thinking_fields
-from jmoe.server.request.notices import Notices
-from jmoe.server.request.responses.fields import FlatFormat, InputRequest, ResponsesRequest
-from jmoe.server.request.responses.items import Conversation
-from jmoe.server.request.responses.tools import FlatTools, flat_tools
 from jmoe.server.request.schema import ChatRequest
 
 # The names of the chat's fields in errors of this API.

@@ -3,17 +3,17 @@
 from typing import Any
 
 from jmoe.server.errors import invalid
-from jmoe.server.request.anthropic.blocks import chat_messages, system_messages
-from jmoe.server.request.anthropic.fields import CountRequest, MessagesRequest, SchemaFormat, ToolChoice
-from jmoe.server.request.conversion import (
+from jmoe.server.request.apis.anthropic.blocks import chat_messages, system_messages
+from jmoe.server.request.apis.anthropic.fields import CountRequest, MessagesRequest, SchemaFormat, ToolChoice
+from jmoe.server.request.apis.conversion import (
     Open,
     chat_request,
     function_tool,
     named_function,
     thinking_fields,
 )
+from jmoe.server.request.apis.notices import Notices
 from jmoe.server.request.decoding import converted
-from jmoe.server.request.notices import Notices
 from jmoe.server.request.schema import ChatRequest
 
 # The names of the chat's fields in errors of this API.
