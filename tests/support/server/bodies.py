@@ -26,7 +26,8 @@ BODIES = {
     },
     "/v1/responses": {
         "model": "fake", "stream": True, "max_output_tokens": 3, "temperature": 0.5, "top_p": 0.5,
-        "store": True, "instructions": "be brief", "metadata": {"a": "b"}, "reasoning": {"effort": "low", "summary": "auto"},
+        "store": True, "instructions": "be brief", "metadata": {"a": "b"},
+        "reasoning": {"effort": "low", "summary": "auto"},
         "text": {"format": {"type": "json_schema", "name": "x", "schema": OBJECT}, "verbosity": "low"},
         "input": [
             {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},

@@ -11,9 +11,11 @@ from jmoe.server.request.dialects import Arguments, CallEnd, CallStart, PlainTex
 from jmoe.server.request.tools import tool_use
 
 TEMPLATE = (
-    "{% for m in messages %}{{ m.role[0] }}:{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
+    "{% for m in messages %}{{ m.role[0] }}:"
+    "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
     "{% if m.content is string %}{{ m.content }}{% else %}"
-    "{{ m.content | map(attribute='text') | join('|') }}{% endif %}{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments }}]"
+    "{{ m.content | map(attribute='text') | join('|') }}{% endif %}"
+    "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments }}]"
     "{% endfor %}{{ '\\n' }}{% endfor %}a:"
 )
 CALL = re.compile(r"<call>(\w+)(.*?)</call>", re.S)

@@ -158,8 +158,9 @@ def _item_event(what: str, index: int, item: Item) -> ResponseEvent:
 
 def _text(body: ResponsesRequest) -> dict[str, Any]:
     form = None if body.text is None else body.text.format
-    fields = {"type": "text"} if form is None else msgspec.to_builtins(form)
-    return {"format": {name: value for name, value in fields.items() if value is not None}}
+    fields = {} if form is None else msgspec.to_builtins(form)
+    given = {name: value for name, value in fields.items() if value is not None}
+    return {"format": {"type": "text"} | given}
 
 
 def _usage(usage: Usage) -> ResponseUsage:

@@ -74,7 +74,7 @@ def _messages(items: list[dict[str, Any]], num_earlier: int) -> list[dict[str, A
 
 def _format(form: FlatFormat) -> dict[str, Any]:
     if form.type != "json_schema":
-        return {"type": form.type}
+        return {"type": form.type or "text"}
     if form.name is None or form.schema is None:
         field = "name" if form.name is None else "schema"
         raise invalid(

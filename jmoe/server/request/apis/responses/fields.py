@@ -30,7 +30,7 @@ class FlatFormat(Open, kw_only=True):
     name, schema, strict, description: of a json_schema only; it is always followed exactly.
     """
 
-    type: Literal["text", "json_object", "json_schema"] = "text"
+    type: Literal["text", "json_object", "json_schema"] | None = None
     name: Name | None = None
     schema: dict[str, Any] | None = None
     strict: bool | None = None
