@@ -41,7 +41,7 @@ def test_a_stream_adds_up_to_the_whole_answer(serve, script):
     assert (
         message["content"] == [] and message["stop_reason"] is None and message["usage"]["input_tokens"] == 7
     )
-    blocks, is_open = [], False
+    blocks, is_open, text = [], False, ""
     for event in events[2:-2]:
         if event["type"] == "content_block_start":
             assert event["index"] == len(blocks) and not is_open

@@ -41,7 +41,7 @@ class ScriptedEngine(FakeEngine):
 
     def prompt(self, number=-1):
         """Returns the text of a prompt."""
-        return self.facts.codec.decode(self.seen[number].prompt_token_ids)
+        return ByteCodec().decode(self.seen[number].prompt_token_ids)
 
 
 class ScriptReader:
