@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from jmoe.cli.flags import (
+    add_chat_flags,
     add_command,
     add_json_flag,
     add_model_flags,
@@ -70,6 +71,7 @@ def add_place(commands: Any) -> None:
 def add_doctor(commands: Any) -> None:
     p = add_command(commands, "doctor", run_doctor, "devices, memory, chosen kernels and layouts, and why")
     add_model_flags(p)
+    add_chat_flags(p)
     add_json_flag(p)
 
 
@@ -199,6 +201,7 @@ def run_convert(args: argparse.Namespace) -> int:
 def run_doctor(args: argparse.Namespace) -> int:
     from jmoe.tools.doctor import doctor, lines
 
-    report = doctor(getattr(args, "model", "tiny"), settings_from(vars(args)))
+    chat = {name: value for name, value in vars(args).items() if name in ("chat_template", "tool_format")}
+    report = doctor(getattr(args, "model", "tiny"), settings_from(vars(args)), **chat)
     print(json.dumps(report) if hasattr(args, "json") else "\n".join(lines(report)))
     return 0

@@ -100,6 +100,13 @@ def add_quantization_flags(p: Parser) -> None:
     p.add_argument("--quantize", choices=products, help="what is quantised (default: all products)")
 
 
+def add_chat_flags(p: Parser) -> None:
+    """Adds the flags that say how a model chats."""
+    p.add_argument("--chat-template", metavar="F.jinja", help="a chat template instead of the model's own")
+    forms = "how the model writes calls: auto (from its template, the default), none, a name or a TOML file"
+    p.add_argument("--tool-format", metavar="NAME|F.toml", help=forms)
+
+
 def add_json_flag(p: Parser) -> None:
     p.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -117,6 +124,7 @@ def add_serve_flags(p: Parser) -> None:
     names = "the names that requests may use; the first is that of answers to requests without one"
     p.add_argument("--served-model-name", metavar="N", nargs="+", help=names)
     p.add_argument("--api-key", metavar="K")
+    add_chat_flags(p)
     origins = "web pages whose scripts may use the server, e.g. https://chat.example.org; * for all"
     p.add_argument("--allowed-origins", metavar="O", nargs="+", help=origins)
     p.add_argument(

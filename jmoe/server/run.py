@@ -95,6 +95,7 @@ def serve(
         log.warning(
             "allowed origins are * without an API key: any page in a browser that reaches it may use it"
         )
+    log.info("%s", service.chat)
     log.info("serving %s on http://%s:%d", service.model, settings.host, port)
     server = Server(service)
     gc.collect()

@@ -23,11 +23,13 @@ from jmoe.server.errors import ApiError, draining, engine_dead
 from jmoe.server.request.apis.notices import Notices
 from jmoe.server.request.body import BodyBytes, read_body
 from jmoe.server.request.bounds import LIGHT
+from jmoe.server.request.conversation.chat_model import chat_model
 from jmoe.server.request.decoding import decode
 from jmoe.server.request.grammars import Grammars
 from jmoe.server.request.prepared import PreparedRequest
 from jmoe.server.settings import ServerSettings
 from jmoe.server.template.chat_template import load_chat_template, load_turn_ends
+from jmoe.server.template.tool_format import declared_format
 from jmoe.server.watch.answered import Answered, Observer, log_answer
 from jmoe.server.watch.metrics import Metrics
 from jmoe.server.watch.poll import Poll
@@ -52,7 +54,9 @@ class Service:
     def __init__(self, engine: EngineProtocol, settings: ServerSettings, directory: Path | None, model: str):
         self.engine, self.facts, self.settings = engine, engine.facts, settings
         self.models = settings.served_names or (model,)
-        self.template = None if directory is None else load_chat_template(directory)
+        template = None if directory is None else load_chat_template(directory, settings.chat_template)
+        declared = None if directory is None else declared_format(directory)
+        self.chat = chat_model(template, self.facts, settings.tool_format, declared)
         self.turn_ends = () if directory is None or self.facts.codec is None else load_turn_ends(directory)
         self.metrics = Metrics(engine)
         engine.add_listener(self.metrics)

@@ -26,6 +26,9 @@ class ServerSettings:
     header_timeout, body_timeout: seconds to wait for a request's head and for more of its body.
     write_timeout: seconds in which a client must take some of what is sent to it.
     keep_alive: seconds for which a connection without a request stays open.
+    chat_template: file of the chat template; None = the model's own.
+    tool_format: form in which the model writes calls of functions: "auto" finds it, "none" has none; else the
+        name of a format or the path of its TOML file.
     allowed_origins: origins of web pages whose scripts may use the server, "*" for all.
     response_store: whether answers of /v1/responses are kept in memory for later requests.
     """
@@ -42,6 +45,8 @@ class ServerSettings:
     body_timeout: Seconds = 30.0
     write_timeout: Seconds = 60.0
     keep_alive: Annotated[int, Meta(ge=0, le=MAX_KEEP_ALIVE)] = 75
+    chat_template: str | None = None
+    tool_format: str = "auto"
     allowed_origins: tuple[str, ...] = ()
     response_store: bool = True
 

@@ -19,14 +19,20 @@ from jmoe.mesh import TENSOR, platform_of
 from jmoe.moe.expert_leaves import expert_bytes, layouts_for, store_codings
 from jmoe.nn.kinds import page_bytes
 from jmoe.nn.kv_cache import kv_dtype
+from jmoe.server.dialects.detect import AUTO
+from jmoe.server.template.report import chat_report
 
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "safetensors", "tokenizers")
 
 
-def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
+def doctor(
+    model: str, settings: EngineSettings, chat_template: str | None = None, tool_format: str = AUTO
+) -> dict[str, Any]:
     """Returns the report: versions, devices, and for ``model`` its sizes and every choice with its reason.
 
     It raises ValueError if the model or the settings would be refused.
+
+    chat_template, tool_format: settings of the server (``ServerSettings``).
     """
     deployment = resolve(model, settings)
     directory, cfg, sizes, memory = deployment.directory, deployment.cfg, deployment.sizes, deployment.memory
@@ -65,6 +71,7 @@ def doctor(model: str, settings: EngineSettings) -> dict[str, Any]:
         "shapes": {"decode_sequences": list(sizes.decode), "prefill_tokens": list(sizes.prefill)},
         "choices": _choices(deployment),
         "offload": _offload(deployment),
+        "chat": chat_report(directory, chat_template, tool_format),
     }
 
 
@@ -182,4 +189,6 @@ def lines(report: dict[str, Any]) -> list[str]:
         f"prefill {report['shapes']['prefill_tokens']} tokens",
         *(f"{row['what']}: {row['choice']} ({row['why']})" for row in report["choices"]),
         *(_offload_lines(report["offload"]) if report["offload"] else []),
+        f"tool calls: {report['chat']['tool_format'] or 'none'} ({report['chat']['why']})",
+        f"thoughts: {report['chat']['thoughts']}",
     ]

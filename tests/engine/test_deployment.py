@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 from jmoe_kernels import cpu
+from jmoe_kernels.grouped_mlp import IMPLEMENTATIONS
 from jmoe_kernels.quantised import Coding
 from support.models.small import config
 
@@ -254,12 +255,51 @@ def test_an_address_space_that_is_too_small_is_one_line():
     assert "(address space, ulimit -v)" in ran.stderr and ran.stderr.count("\n") == 1
 
 
-def dequantised(**settings) -> list[str]:
-    """Returns the notes about weights that are dequantised in every step; ``doctor`` has the same notes."""
+def notes_with(word: str, **settings) -> list[str]:
+    """Returns the notes that have the word; ``doctor`` has the same notes."""
     found = small(max_model_len=32, **settings)
     notes = resolve("tiny", found).notes
     assert doctor("tiny", found)["notes"] == list(notes)
-    return [note for note in notes if "dequantised" in note]
+    return [note for note in notes if word in note]
+
+
+def dequantised(**settings) -> list[str]:
+    return notes_with("dequantised", **settings)
+
+
+def test_weights_whose_activations_are_not_rounded_are_named(monkeypatch):
+    asked = {"activation_dtype": "int8"}
+    (note,) = notes_with("activation_dtype", **asked)
+    assert note == "activation_dtype = 'int8' has no effect because no weight is quantised"
+    dense, experts = notes_with("activation_dtype", quantization="int8", moe=MoEConfig(kernel="xla"), **asked)
+    assert dense == (
+        "activation_dtype = 'int8' has no effect on 25, such as embed; XLA's products take no codes "
+        "(int8, one scale a row)"
+    )
+    assert experts.endswith("; 'xla' multiplies with no codes") and " on 12, such as layers.0.moe" in experts
+
+
+@pytest.mark.skipif(isinstance(cpu.get_library(), str), reason="no C++ kernels here")
+def test_no_line_is_told_where_activations_are_rounded():
+    for quantization in ("int8", "int4", "fp8"):
+        assert notes_with("activation_dtype", quantization=quantization, activation_dtype="int8") == []
+
+
+@pytest.mark.parametrize(
+    ("coding", "tpu", "gpu"),
+    [
+        (Coding("int8", None), None, None),
+        (Coding("int4", 128), None, None),
+        (Coding("int4", 32), None, "int8 products of int4 have 64 numbers, and groups have 32"),
+        (Coding("int4", 64, has_lows=True), None, "adds lows"),
+        (Coding("e4m3", None), "two terms of e4m3", "multiplies e4m3 as bfloat16"),
+        (Coding("e2m1", 32), None, "multiplies e2m1 as bfloat16"),
+    ],
+)
+def test_each_platform_says_which_codings_it_multiplies_with_rounded_activations(coding, tpu, gpu):
+    for name, expected in (("pallas_tpu", tpu), ("pallas_gpu", gpu)):
+        why = IMPLEMENTATIONS[name].why_unrounded(coding)
+        assert (why is None) == (expected is None) and (expected or "") in (why or "")
 
 
 def test_dense_weights_without_a_kernel_are_named():

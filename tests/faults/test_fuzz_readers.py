@@ -15,6 +15,7 @@ from safetensors.numpy import save
 from support.fuzzing import Reader, fuzz
 from support.models import hf_tiny
 from support.models.routed import VOCAB, builder_for, planted_homes, planted_requests
+from support.server.chat_models import NO_CALLS
 
 from jmoe.checkpoint import convert, read_config
 from jmoe.checkpoint.converted.manifest import MANIFEST, read_manifest, verify_files
@@ -253,7 +254,7 @@ def bodies(tmp: Path) -> Reader:
     plain = {"model": "m", "prompt": ["ab", "cd"], "max_tokens": 3, "top_p": 0.5, "echo": True, "seed": 1}
 
     def read(folder: Path) -> None:
-        check_chat(decode((folder / "chat").read_bytes(), ChatRequest))
+        check_chat(decode((folder / "chat").read_bytes(), ChatRequest), NO_CALLS)
         check_completion(decode((folder / "plain").read_bytes(), CompletionRequest))
 
     return Reader("bodies", as_json({"chat": chat, "plain": plain}), read, refusals=(ApiError,))

@@ -11,9 +11,11 @@ import pytest
 from jmoe.server.answer.calls import call_id
 from jmoe.server.errors import ApiError
 from jmoe.server.request.checks import check_chat
+from jmoe.server.request.conversation.chat_model import ChatModel
 from jmoe.server.request.decoding import decode
 from jmoe.server.request.prompts import TextEncoder, chat_prompt
 from jmoe.server.request.schema import ChatRequest
+from jmoe.server.request.tools import ToolSupport
 from jmoe.server.template.chat_template import ChatTemplate, load_chat_template
 
 EACH = "{% for m in messages %}BODY{% endfor %}"
@@ -50,10 +52,10 @@ class Codec:
 
 def rendered(template: str | ChatTemplate, messages: list[dict], **fields) -> str:
     body = decode(json.dumps({"messages": messages, **fields}).encode(), ChatRequest)
-    tools = check_chat(body).tools
     made = ChatTemplate(template, {}) if isinstance(template, str) else template
+    model = ChatModel(made, None, ToolSupport(None, "none", has_definitions=False))
     encoder = TextEncoder(Codec(), adds_special=False)  # type: ignore[arg-type]
-    return chat_prompt(body.messages, made, encoder, None if tools is None else tools.definitions).text
+    return chat_prompt(check_chat(body, model.tools), model, encoder).text
 
 
 def called(arguments, **more) -> list[dict]:

@@ -18,12 +18,12 @@ LAYERS = {  # the parts of a package, lowest first: a part imports only from its
         "engine", "deployment", "worker", "build", "llm", "processes",
     ),
     "jmoe.server": (
-        "errors", "settings", "engine_api", "route_record", "template", "wire", "request", "answer", "watch",
-        "service", "routes", "app", "run",
+        "errors", "settings", "engine_api", "route_record", "dialects", "template", "wire", "request",
+        "answer", "watch", "service", "routes", "app", "run",
     ),
     "jmoe.server.request": (
-        "bounds", "schema", "body", "decoding", "dialects", "tools", "structured", "checks", "grammars",
-        "messages", "prompts", "params", "prepared", "apis",
+        "bounds", "fields", "schema", "body", "decoding", "tools", "conversation", "structured", "checks",
+        "grammars", "prompts", "params", "prepared", "apis",
     ),
 }  # fmt: skip
 SOURCES = sorted([*(ROOT / "jmoe").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])

@@ -12,6 +12,7 @@ from openai.types import completion_create_params as openai_text
 from openai.types.chat import completion_create_params as openai_chat
 from support.server.answers import events
 from support.server.bodies import CALL, OBJECT
+from support.server.chat_models import NO_CALLS
 from support.server.fake_engine import TEMPLATE, VOCAB, ByteCodec, FakeEngine, served
 
 from jmoe.server.request.checks import check_chat, check_completion
@@ -46,7 +47,7 @@ def read(path, **fields):
     """Returns the sampling parameters of a request that is not sent."""
     raw = json.dumps(BASE[path] | fields).encode()
     if path == CHAT:
-        return chat_params(check_chat(decode(raw, ChatRequest)), VOCAB, ())
+        return chat_params(check_chat(decode(raw, ChatRequest), NO_CALLS), VOCAB, ())
     check_completion(body := decode(raw, CompletionRequest))
     return completion_params(body, VOCAB)
 
@@ -97,7 +98,7 @@ OPENAI = {
         "prompt_cache_key": (["k"], [5]),
         "prompt_cache_options": ([{}, {"mode": "explicit", "ttl": "30m"}], [5]),
         "prompt_cache_retention": (["in_memory", "24h"], [5]),
-        "reasoning_effort": (["none", "medium"], ["high", 1]),
+        "reasoning_effort": (["none", "minimal", "low", "medium", "high", "xhigh"], ["much", 1]),
         "response_format": ([{"type": "text"}, {"type": "json_object"}], [{"type": "xml"}, "text"]),
         "safety_identifier": (["s"], [5]),
         "service_tier": (["auto", "default", "flex", "priority"], [5]),

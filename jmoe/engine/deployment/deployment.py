@@ -9,6 +9,7 @@ instead. Several processes must compute the same sizes without communicating, so
 what a machine has left.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from jax.sharding import Mesh
 from jmoe_kernels.backends import Executor
 from jmoe_kernels.grouped_mlp import IMPLEMENTATIONS
 from jmoe_kernels.matmul import why_dequantised
+from jmoe_kernels.quantised import Coding
 
 from jmoe.blueprint import Blueprint
-from jmoe.checkpoint.params import abstract_decoder, dense_kernel
+from jmoe.checkpoint.params import ParamSpec, abstract_decoder, dense_kernel
 from jmoe.checkpoint.quantised.codings import read_codings
 from jmoe.checkpoint.source import Source, source_of
 from jmoe.config.model import ModelConfig
@@ -112,28 +114,44 @@ def resolve(model: str | Path, settings: EngineSettings) -> Deployment:
 
 
 def _unused_activations(blueprint: Blueprint) -> tuple[str, ...]:
-    """Returns a line if activations are to be rounded and no product of a quantised weight does that."""
+    """Returns a line for each reason for which activations that are to be rounded are not."""
     kernels = blueprint.kernels
-    is_used = kernels.dense == "cpu" or IMPLEMENTATIONS[kernels.experts].rounds_activations
-    if kernels.activations == "auto" or (blueprint.codings and is_used):
+    if kernels.activations == "auto":
         return ()
-    why = "without the C++ kernels" if blueprint.codings else "because no weight is quantised"
-    return (f"activation_dtype = {kernels.activations!r} has no effect {why}",)
+    text = f"activation_dtype = {kernels.activations!r} has no effect"
+    if not blueprint.codings:
+        return (f"{text} because no weight is quantised",)
+    found = _quantised_weights(blueprint, lambda spec, coding: _why_unrounded(spec, coding, blueprint))
+    return tuple(f"{text} on {weights}; {why}" for why, weights in found.items())
+
+
+def _why_unrounded(spec: ParamSpec, coding: Coding, blueprint: Blueprint) -> str | None:
+    if spec.products == "dense":
+        return why_dequantised(dense_kernel(spec, blueprint), coding)
+    why = IMPLEMENTATIONS[blueprint.kernels.experts].why_unrounded
+    return f"{blueprint.kernels.experts!r} multiplies with no codes" if why is None else why(coding)
 
 
 def _dequantised_in_steps(blueprint: Blueprint) -> tuple[str, ...]:
     """Returns a line for each reason for which quantised dense weights are dequantised in every step. The
     same of experts is the reason for their kernel."""
-    reasons: dict[str, list[str]] = {}
+
+    def why(spec: ParamSpec, coding: Coding) -> str | None:
+        return why_dequantised(dense_kernel(spec, blueprint), coding) if spec.products == "dense" else None
+
+    found = _quantised_weights(blueprint, why)
+    return tuple(f"dense weights that are dequantised in every step: {w}; {why}" for why, w in found.items())
+
+
+def _quantised_weights(
+    blueprint: Blueprint, why: Callable[[ParamSpec, Coding], str | None]
+) -> dict[str, str]:
+    """Returns the quantised weights for which ``why`` gives a reason, in a few words, by that reason."""
+    paths: dict[str, list[str]] = {}
     for path, spec in abstract_decoder(blueprint)[1].items() if blueprint.codings else ():
-        if spec.products == "dense" and spec.coding is not None:
-            why = why_dequantised(dense_kernel(spec, blueprint), spec.coding)
-            if why is not None:
-                reasons.setdefault(why, []).append(path)
-    return tuple(
-        f"dense weights that are dequantised in every step: {len(paths)}, such as {paths[0]}; {why}"
-        for why, paths in reasons.items()
-    )
+        if spec.coding is not None and (reason := why(spec, spec.coding)) is not None:
+            paths.setdefault(reason, []).append(path)
+    return {reason: f"{len(found)}, such as {found[0]}" for reason, found in paths.items()}
 
 
 def settings_split(settings: EngineSettings) -> Split:

@@ -37,7 +37,7 @@ def tokenizer_spec(tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable[int]
         raise ValueError(f"vocab size too small: the tokenizer has the id {largest}, the model {vocab_size}")
     # An added token beyond the model's vocabulary, such as a fine-tune's [PAD], is never sampled.
     added = {token["content"]: token for token in made["added_tokens"] if token["id"] < vocab_size}
-    named = {name: t["id"] for name, t in added.items() if t["special"] or re.fullmatch("<.*>", name, re.S)}
+    named = {name: t["id"] for name, t in added.items() if is_apart(name, is_special=t["special"])}
     for i in ends:
         if (name := tokenizer.id_to_token(i)) is not None:
             named[name] = i
@@ -50,6 +50,12 @@ def tokenizer_spec(tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable[int]
     made["pre_tokenizer"] = _splits_only(made["pre_tokenizer"])
     made |= {"truncation": None, "padding": None, "post_processor": None}
     return {"tokenizer": json.dumps(made), "vocab_size": vocab_size, "end_ids": ends, "named": named}
+
+
+def is_apart(name: str, *, is_special: bool) -> bool:
+    """Returns whether no text in a grammar matches an added token: llguidance takes it for special, for its
+    form whatever its flag says. A grammar writes it as ``<[id]>``."""
+    return is_special or re.fullmatch("<.*>", name, re.S) is not None
 
 
 def _hide(token: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:

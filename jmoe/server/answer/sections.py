@@ -9,7 +9,7 @@ from typing import Literal
 
 from jmoe.engine.request import Output
 from jmoe.server.answer.calls import call_id
-from jmoe.server.request.dialects import Arguments, CallEnd, CallStart, PlainText
+from jmoe.server.dialects.events import Arguments, CallEnd, CallStart, PlainText
 from jmoe.server.request.tools import ToolUse
 
 Kind = Literal["thoughts", "text", "call"]
@@ -68,7 +68,7 @@ class Sections:
     """
 
     def __init__(self, tools: ToolUse | None):
-        self.reader = None if tools is None else tools.reader()
+        self.tools, self.reader = tools, None if tools is None else tools.reader()
         self.all: list[Section] = []
         self.open: Section | None = None
         self.space = ""  # white space that may begin a section of the same kind as ``space_kind``
@@ -94,7 +94,7 @@ class Sections:
                     yield from self._write("text", event.text)
                 case CallStart():
                     self.space = ""
-                    yield from self._begin(Section("call", event.name, call_id()))
+                    yield from self._begin(Section("call", event.name, self._call_id(event)))
                 case Arguments():
                     yield from self._grow(event.text)
                 case CallEnd():
@@ -106,6 +106,10 @@ class Sections:
             yield from self._grow(self.space)
         if is_last:
             yield from self._close()
+
+    def _call_id(self, start: CallStart) -> str:
+        assert self.tools is not None  # the reader is theirs
+        return call_id(self.tools, start, sum(section.kind == "call" for section in self.all))
 
     def _write(self, kind: Kind, text: str) -> Iterator[Change]:
         if self.open is None or self.open.kind != kind:

@@ -11,9 +11,13 @@ import msgspec
 
 from jmoe.server.errors import invalid, unsupported
 from jmoe.server.request.bounds import MAX_TOOL_CHARACTERS, exceeds
-from jmoe.server.request.schema import ChatRequest, CompletionRequest, GenerationRequest, Message, neutral
+from jmoe.server.request.conversation.final_message import check_final_message
+from jmoe.server.request.conversation.results import in_order
+from jmoe.server.request.fields.base import neutral
+from jmoe.server.request.fields.chat import Message
+from jmoe.server.request.schema import ChatRequest, CompletionRequest, GenerationRequest
 from jmoe.server.request.structured import GrammarRequest, requested_grammar
-from jmoe.server.request.tools import ToolUse, tool_use
+from jmoe.server.request.tools import ToolSupport, ToolUse, tool_use
 from jmoe.server.template.chat_template import RESERVED
 
 AT_LEAST = "max_tokens must be at least 1, or -1 for the rest of the context"
@@ -64,13 +68,18 @@ def check_completion(body: CompletionRequest) -> None:
         raise invalid(f"{AT_LEAST}; 0 only with echo, to score a prompt", "max_tokens")
 
 
-def check_chat(body: ChatRequest) -> CheckedChat:
+def check_chat(body: ChatRequest, support: ToolSupport) -> CheckedChat:
+    """Returns the checked request.
+
+    support: how the model's answers call functions.
+    """
     check_generation(body)
     check_messages(body.messages)
+    check_final_message(body)
     functions = [tool.function for tool in body.tools or ()]
     if exceeds([[f.name, f.description, f.parameters] for f in functions], MAX_TOOL_CHARACTERS):
         raise invalid(f"tools hold more than {MAX_TOOL_CHARACTERS} characters", "tools")
-    tools = tool_use(body)
+    tools = tool_use(body, support)
     for name in body.chat_template_kwargs or ():
         if name in RESERVED:
             raise invalid(f"{name!r} is not a variable that a request may set", "chat_template_kwargs")
@@ -95,3 +104,4 @@ def check_messages(messages: list[Message]) -> None:
             raise invalid(
                 f"{where}.tool_call_id belongs to each tool message and to no other", f"{where}.tool_call_id"
             )
+    in_order(messages)

@@ -10,7 +10,7 @@ from msgspec import inspect
 
 from jmoe.server.errors import ApiError, invalid
 from jmoe.server.request.bounds import check_json
-from jmoe.server.request.schema import WithSource
+from jmoe.server.request.fields.base import WithSource
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 _PLACE = re.compile(r"(?P<what>.*) - at `\$\.?(?P<path>.*)`", re.DOTALL)

@@ -62,7 +62,7 @@ class Grammars:
             raise unavailable(f"{MAX_WAITING} grammars wait to be compiled", "grammar_queue_full")
         self.num_waiting += 1
         try:
-            compiled = await self._compiled(grammar)
+            compiled = await self._compiled(request)
         except ValueError as error:
             raise invalid(f"{param} cannot be used: {error}", param) from None
         except CheckerUnavailable as error:
@@ -78,16 +78,27 @@ class Grammars:
         if self._pair is not None:
             self._pair[1].close()
 
-    async def _compiled(self, grammar: Grammar) -> CompiledGrammar:
+    async def _compiled(self, request: GrammarRequest) -> CompiledGrammar:
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._quick, contained, self._compile, grammar, QUICK_SECONDS)
+            return await loop.run_in_executor(self._quick, contained, self._compile, request, QUICK_SECONDS)
         except TooCostly:
-            return await loop.run_in_executor(self._costly, contained, self._compile, grammar, MAX_SECONDS)
+            return await loop.run_in_executor(self._costly, contained, self._compile, request, MAX_SECONDS)
 
-    def _compile(self, grammar: Grammar, seconds: float) -> CompiledGrammar:
+    def _compile(self, request: GrammarRequest, seconds: float) -> CompiledGrammar:
+        """Tries a grammar and compiles it, or the one that mends it. Mending tries many: that is costly."""
         compiler, checker = self._compiler_and_checker()
-        checker.check(compiler.source(grammar), seconds)
+        grammar = request.grammar
+        try:
+            checker.check(compiler.source(grammar), seconds)
+        except TooCostly:
+            raise
+        except ValueError:
+            if request.mend is None:
+                raise
+            if seconds < MAX_SECONDS:
+                raise TooCostly("it must be mended") from None
+            grammar = request.mend(lambda part: checker.check(compiler.source(part), QUICK_SECONDS))
         return compiler.compile(grammar)
 
     def _compiler_and_checker(self) -> tuple[GrammarCompiler, GrammarChecker]:

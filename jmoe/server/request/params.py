@@ -20,13 +20,14 @@ def chat_params(chat: CheckedChat, vocab_size: int, turn_ends: tuple[str, ...]) 
     """Returns the sampling parameters of a chat.
 
     turn_ends: strings of the model that end a turn. They are added to ``stop`` unless the answer follows a
-        grammar, which defines where it ends: such a string may occur inside it.
+        grammar that defines where it ends: such a string may occur inside it.
     """
     body = chat.body
     limit = _limit(body.max_completion_tokens if body.max_tokens is None else body.max_tokens)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = _params(body, vocab_size, limit, logprobs, None)
-    stop = params.stop if chat.grammar is not None else (*params.stop, *turn_ends)
+    is_free = chat.grammar is None or (chat.tools is not None and chat.tools.choice == "auto")
+    stop = (*params.stop, *turn_ends) if is_free else params.stop
     return dataclasses.replace(params, stop=stop)
 
 

@@ -63,6 +63,7 @@ class PreparedRequest:
                 emit=partial(emit, i),
                 arrival_time=arrival_time,
                 constraint=None if grammar is None else grammar.constraint(),
+                markup=self.prompts[i // n].markup,
             )
             for i, params in enumerate(self.params)
         ]

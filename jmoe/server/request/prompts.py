@@ -1,15 +1,19 @@
 """Prompts as token ids: from text, token ids or chat messages."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
 
 from jmoe.engine.text.codec import TextCodec
+from jmoe.engine.text.markup import PLAIN, Markup
 from jmoe.engine.text.token_bytes import GrowingText
 from jmoe.server.errors import ApiError, invalid, refused
-from jmoe.server.request.messages import needs_forms, template_message
-from jmoe.server.request.schema import MAX_CHOICES, Message
+from jmoe.server.request.checks import CheckedChat
+from jmoe.server.request.conversation.chat_model import ChatModel
+from jmoe.server.request.conversation.final_message import cut, tagged
+from jmoe.server.request.conversation.literals import Given
+from jmoe.server.request.conversation.messages import template_message
+from jmoe.server.request.conversation.results import in_order
+from jmoe.server.request.conversation.turns import fitted
+from jmoe.server.request.schema import MAX_CHOICES, ChatRequest
 from jmoe.server.template.chat_template import ChatTemplate
 
 
@@ -20,11 +24,13 @@ class Prompt:
     token_ids: tokens of the prompt.
     text: text of the prompt; empty if it was sent as token ids and is not echoed.
     shows_special: whether the text contains every special token, as the text decoded from token ids does.
+    markup: marks by which the text of the answer is divided.
     """
 
     token_ids: list[int]
     text: str = ""
     shows_special: bool = False
+    markup: Markup = PLAIN
 
     def offsets(self, codec: TextCodec) -> list[int]:
         """Returns the character of the text at which each token begins; a token not in the text has no
@@ -109,19 +115,10 @@ def _from_ids(ids: list[int], codec: TextCodec | None, echo: bool) -> Prompt:
     return Prompt(ids, text, shows_special=True)
 
 
-def chat_prompt(
-    messages: list[Message],
-    template: ChatTemplate | None,
-    encoder: TextEncoder,
-    tools: list[dict[str, Any]] | None = None,
-    variables: Mapping[str, Any] = MappingProxyType({}),
-) -> Prompt:
+def chat_prompt(chat: CheckedChat, model: ChatModel, encoder: TextEncoder) -> Prompt:
     """Returns the rendered conversation. The template writes the special tokens itself, so ``encoder``
-    usually adds none.
-
-    tools: tools that the template writes.
-    variables: other variables of the template.
-    """
+    usually adds none. A 400 says why the conversation has no prompt."""
+    template = model.template
     if template is None:
         raise ApiError(
             400,
@@ -129,10 +126,44 @@ def chat_prompt(
             param="messages",
             code="no_chat_template",
         )
-    forms = template.chosen(tools).forms if needs_forms(messages) else None
-    plain = [template_message(i, message, forms) for i, message in enumerate(messages)]
+    tools = None if chat.tools is None else chat.tools.definitions
+    template = template.chosen(tools)
+    body, forms = chat.body, template.forms
+    plain = [template_message(i, body.messages[i], forms) for i in in_order(body.messages)]
+    variables = template.thinking.variables(_is_thinking(body), body.reasoning_effort)
+    given = Given(fitted(plain, forms.turns), tools, variables | (body.chat_template_kwargs or {}))
     try:
-        text = template.render(plain, tools, variables)
+        return _rendered(chat, model, template, given, encoder)
     except ValueError as error:
-        raise invalid(str(error), "messages") from None
-    return Prompt(encoder.encode(text, "messages"), text)
+        raise refused(error, "messages") from None
+
+
+def _rendered(
+    chat: CheckedChat, model: ChatModel, template: ChatTemplate, given: Given, encoder: TextEncoder
+) -> Prompt:
+    """Renders what the template is given, and encodes it. Raises ValueError."""
+    literals = model.literals(template)
+    protected = None if literals is None else literals.protected(given)
+    shown, is_continued, begun = protected or given, bool(chat.body.continue_final_message), ""
+    messages = shown.messages
+    if is_continued:
+        messages, begun = tagged(messages)
+    opens_answer = not is_continued and chat.body.add_generation_prompt is not False
+    text = template.render(messages, shown.tools, shown.variables, opens_answer=opens_answer)
+    if is_continued:
+        text = cut(text, begun)
+    thinking = template.thinking
+    markup = model.markup(chat.tools, thinking, is_inside=thinking.is_inside(text, begun))
+    if protected is None or literals is None:
+        return Prompt(encoder.encode(text, "messages"), text, markup=markup)
+    ids = literals.encode(text, adds_special=encoder.adds_special, limit=encoder.limit)
+    return Prompt(ids, literals.restored(text), markup=markup)
+
+
+def _is_thinking(body: ChatRequest) -> bool | None:
+    """Returns whether the request wants thoughts; None if it does not say."""
+    if body.enable_thinking is not None:
+        return body.enable_thinking
+    if isinstance(body.thinking, bool) or body.thinking is None:
+        return body.thinking
+    return {"enabled": True, "disabled": False, "adaptive": None}[body.thinking.type]

@@ -1,58 +1,26 @@
-"""Request bodies as typed structs. ``null`` means the default; an unknown field is refused by name.
+"""Request bodies as typed structs. A null means the default; an unknown field is refused by name.
 
 Fields that clients send and this server cannot honour are declared too (``only``), so that the values that
 request nothing pass and any other value is answered with a 400 that names the field.
 """
 
-import functools
 from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import Meta
 
 from jmoe.server.request.bounds import MAX_MESSAGES
+from jmoe.server.request.fields.base import Absent, Count, Name, Off, On, One, Strict, Unlimited, Zero, only
+from jmoe.server.request.fields.chat import AllowedTools, Message, NamedTool, ThinkingSwitch, Tool
 
 MAX_CHOICES = 1024  # answers one HTTP request may ask for: prompts x n, bounded before anything is allocated
 
-Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Alternatives = Annotated[int, Meta(ge=0, le=20)]
 Limit = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 StopText = Annotated[str, Meta(max_length=1024)]
 StopTexts = Annotated[list[Annotated[StopText, Meta(min_length=1)]], Meta(max_length=16)]
-# In Python ``$`` also matches before a last line end, which JavaScript's, and JSON Schema's, does not.
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$(?!\n)")]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 GrammarText = Annotated[str, Meta(min_length=1, max_length=64 * 1024)]
-
-
-def only(*values: Any) -> Meta:
-    """Annotates a field of a feature that is not supported: null and ``values`` request nothing, and pass.
-
-    They are kept as JSON: typing takes equal annotations for one, and False equals 0.
-    """
-    return Meta(extra={"only": msgspec.json.encode(values)}, extra_json_schema={"enum": [None, *values]})
-
-
-Off = Annotated[Any, only(False)]
-On = Annotated[Any, only(True)]
-Zero = Annotated[Any, only(0)]
-One = Annotated[Any, only(1)]
-Unlimited = Annotated[Any, only(-1)]
-Absent = Annotated[Any, only()]
-
-
-@functools.cache
-def neutral(kind: type[msgspec.Struct]) -> dict[str, list[Any]]:
-    """Returns the values that pass besides null, for each field of ``kind`` declared with ``only``."""
-    shape = msgspec.inspect.type_info(kind)
-    assert isinstance(shape, msgspec.inspect.StructType)
-    extras = {field.name: getattr(field.type, "extra", None) or {} for field in shape.fields}
-    return {name: msgspec.json.decode(extra["only"]) for name, extra in extras.items() if "only" in extra}
-
-
-class Strict(msgspec.Struct, forbid_unknown_fields=True):
-    """A JSON object without other fields than its own."""
 
 
 class StreamOptions(Strict, kw_only=True):
@@ -216,82 +184,13 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     suffix: Annotated[Any, only("")] = None
 
 
-class WithSource(Strict, kw_only=True, dict=True):
-    """A JSON object that the model's template gets as it was sent: with its own keys in their order.
-
-    ``decoding.decode`` sets ``source``.
-    """
-
-    @property
-    def source(self) -> dict[str, Any]:
-        return self.__dict__["source"]
-
-
-class CalledFunction(Strict, kw_only=True):
-    """arguments: JSON text of an object, or the object; the text of a cut answer may end anywhere."""
-
-    name: str
-    arguments: str | dict[str, Any]
-
-
-class ToolCall(Strict, kw_only=True):
-    """index, extra_content: fields of a stream's deltas; they change nothing here."""
-
-    id: str
-    function: CalledFunction
-    type: Literal["function"] | None = None
-    index: int | None = None
-    extra_content: Any = None
-
-
-class Message(WithSource, kw_only=True):
-    """content: text, or a list of parts.
-    tool_call_id: id of the call that a tool answers.
-    reasoning_content, reasoning, thinking: thoughts of an assistant before its answer.
-    """
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
-    name: str | None = None
-    refusal: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-    function_call: Annotated[Any, only("none")] = None
-    audio: Absent = None
-    annotations: Annotated[Any, only([])] = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    thinking: str | None = None
-
-
-class Function(Strict, kw_only=True):
-    """parameters: JSON schema of an object; null if the function has no arguments.
-    strict: accepted; the schema is always followed exactly.
-    """
-
-    name: Name
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(WithSource, kw_only=True):
-    type: Literal["function"]
-    function: Function
-
-
-class FunctionName(Strict, kw_only=True):
-    name: str
-
-
-class NamedTool(Strict, kw_only=True):
-    type: Literal["function"]
-    function: FunctionName
-
-
 class ChatRequest(GenerationRequest, kw_only=True):
-    """parallel_tool_calls: accepted; an answer has at most one call.
+    """parallel_tool_calls: whether the answer may have several calls.
     chat_template_kwargs: variables for the model's chat template.
+    reasoning_effort: how much the model thinks, if its template can tell it.
+    enable_thinking, thinking: whether the model thinks, if its template can tell it.
+    add_generation_prompt: whether the beginning of an assistant's message follows the last message.
+    continue_final_message: whether the answer continues the text of the last message.
     """
 
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
@@ -300,11 +199,16 @@ class ChatRequest(GenerationRequest, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Alternatives | None = None
     tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: (
         Annotated[dict[str, str | int | float | bool | None], Meta(max_length=16)] | None
     ) = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    enable_thinking: bool | None = None
+    thinking: bool | ThinkingSwitch | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     # Neutral values only: OpenAI's fields, then vLLM's, SGLang's and llama-server's.
     functions: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only("none", "auto")] = None
@@ -312,12 +216,9 @@ class ChatRequest(GenerationRequest, kw_only=True):
     audio: Absent = None
     prediction: Absent = None
     moderation: Absent = None
-    reasoning_effort: Annotated[Any, only("none", "medium")] = None
     verbosity: Annotated[Any, only("medium")] = None
     web_search_options: Absent = None
     echo: Off = None
-    add_generation_prompt: On = None
-    continue_final_message: Off = None
     documents: Annotated[Any, only([])] = None
     include_reasoning: On = None
     media_io_kwargs: Annotated[Any, only({})] = None

@@ -20,10 +20,15 @@ ANY_OBJECT = {"type": "object"}
 
 @dataclass(frozen=True)
 class GrammarRequest:
-    """A grammar and the request field that requests it."""
+    """A grammar and the request field that requests it.
+
+    mend: makes another grammar if this one cannot be compiled, from a function that raises ValueError for a
+        grammar that cannot; None if there is no other.
+    """
 
     grammar: Grammar
     param: str
+    mend: Callable[[Callable[[Grammar], None]], Grammar] | None = None
 
 
 def requested_grammar(body: GenerationRequest, tools: ToolUse | None = None) -> GrammarRequest | None:
@@ -32,26 +37,29 @@ def requested_grammar(body: GenerationRequest, tools: ToolUse | None = None) -> 
 
     tools: how the answer uses tools.
     """
-    makers: dict[str, Callable[[], Grammar]] = {}
+    makers: dict[str, Callable[[], Grammar | None]] = {}
     form, outputs = body.response_format, body.structured_outputs
     if isinstance(form, JsonObjectFormat | JsonSchemaFormat):
         makers["response_format"] = partial(_format_grammar, form)
     if outputs is not None:
         makers["structured_outputs"] = partial(_outputs_grammar, outputs)
-    if tools is not None and tools.grammar_maker is not None:
-        makers["tools"] = tools.grammar_maker
+    if tools is not None:
+        makers["tools"] = tools.grammar
     if not makers:
         return None
     param, *others = makers
     if others:
         raise invalid(f"{param} and {others[0]} both say what the answer must be; give one", others[0])
+    is_open = tools is not None and tools.choice == "auto"
     for field in ("ignore_eos", "min_tokens"):
-        if getattr(body, field):
+        if getattr(body, field) and not is_open:
             raise invalid(f"{field} contradicts {param}, which says where the answer ends", field)
     try:
-        return GrammarRequest(makers[param](), param)
+        grammar = makers[param]()
     except ValueError as error:
         raise invalid(f"{param} cannot be used: {error}", param) from None
+    mend = tools.mended if tools is not None and param == "tools" else None
+    return None if grammar is None else GrammarRequest(grammar, param, mend)
 
 
 def _format_grammar(form: JsonObjectFormat | JsonSchemaFormat) -> Grammar:

@@ -1,19 +1,39 @@
 """The use of a request's tools in its answer: the functions that it may call, and the calls' dialect."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from jmoe.engine.grammar.grammar import Grammar
+from jmoe.server.dialects.dialect import Dialect
+from jmoe.server.dialects.events import Choice, Reader
+from jmoe.server.dialects.json_call import JsonCall
 from jmoe.server.errors import invalid, unsupported
-from jmoe.server.request.dialects import DIALECTS, Choice, Dialect, Reader
-from jmoe.server.request.schema import ChatRequest, Function, NamedTool
+from jmoe.server.request.fields.chat import AllowedTools, Function, Message, NamedTool
+from jmoe.server.request.schema import ChatRequest
 
-AUTO = (
-    "tool_choice 'auto' (the default with tools) is not supported: calls are never guessed from free text. "
-    "Give 'required', a named function or 'none'"
-)
+
+@dataclass(frozen=True)
+class ToolSupport:
+    """The way in which a model's answers call functions.
+
+    dialect: dialect of the model's own calls; None if it has none.
+    why: reason for that, in words.
+    has_definitions: whether the prompt shows the tools to the model.
+    forced: dialect of calls that a grammar forces on any model.
+    """
+
+    dialect: Dialect | None
+    why: str
+    has_definitions: bool
+    forced: Dialect = field(default_factory=JsonCall)
+
+    @property
+    def refusal(self) -> str | None:
+        """The reason why calls cannot come in free text; None if they can."""
+        if self.dialect is None:
+            return self.why
+        return None if self.has_definitions else "the chat template does not show tools to the model"
 
 
 @dataclass(frozen=True)
@@ -24,46 +44,109 @@ class ToolUse:
     choice: what the request demands of it.
     definitions: all tools of the request as they were sent, for the chat template.
     dialect: how its calls are written.
+    is_parallel: whether it may have several calls.
+    num_calls: number of calls in the conversation before it.
     """
 
     functions: list[Function]
     choice: Choice
     definitions: list[dict[str, Any]]
     dialect: Dialect
+    is_parallel: bool = True
+    num_calls: int = 0
 
-    @property
-    def grammar_maker(self) -> Callable[[], Grammar] | None:
-        """The function that makes the grammar of the answer; None if it is free text."""
-        make = self.dialect.grammars[self.choice]
-        return None if make is None else partial(make, self.functions)
+    def grammar(self, open_names: Collection[str] = ()) -> Grammar | None:
+        """Returns the grammar of the answer; None if it is free text.
+
+        open_names: functions whose arguments are any object, unless they are strict.
+        """
+        return self.dialect.grammar(
+            self.functions, self.choice, parallel=self.is_parallel, open_names=open_names
+        )
+
+    def mended(self, check: Callable[[Grammar], None]) -> Grammar:
+        """Returns a grammar that ``check`` accepts after it has refused that of the tools as they are
+        (``Followed.mended``)."""
+
+        def make(open_names: Collection[str]) -> Grammar:
+            made = self.grammar(open_names)
+            assert made is not None
+            return made
+
+        return self.dialect.followed.mended(make, self.functions, check)
 
     def reader(self) -> Reader:
         """Returns a reader of one answer."""
         return self.dialect.reader(self.choice, self.functions)
 
+    def new_id(self, name: str, number: int) -> str:
+        """Returns an id for a call of the answer.
 
-def tool_use(body: ChatRequest) -> ToolUse | None:
+        name: name of the function.
+        number: number of calls in the answer before it.
+        """
+        return self.dialect.new_id(name, self.num_calls + number)
+
+
+def tool_use(body: ChatRequest, support: ToolSupport) -> ToolUse | None:
     """Returns how the answer uses tools; None if it must not call one. It raises a 400 if tools and
-    tool_choice do not fit together or request something that is not supported."""
+    tool_choice do not fit together or request something that is not supported.
+
+    support: how the model's answers call functions.
+    """
     choice = body.tool_choice
     if not body.tools:
         if choice not in (None, "none", "auto"):
             raise invalid("tool_choice is only allowed with tools", "tool_choice")
         return None
-    kind = "named" if isinstance(choice, NamedTool) else choice or "auto"
-    dialect = next((each for each in DIALECTS.values() if kind in each.grammars), None)
-    if dialect is None and kind != "none":
-        raise unsupported("tool_choice", AUTO)
     functions = [tool.function for tool in body.tools]
     names = [function.name for function in functions]
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
         raise invalid(f"tools: two functions are named {twice!r}", "tools")
-    if dialect is None or kind == "none":
+    if choice == "none":
         return None
-    if isinstance(choice, NamedTool):
-        name = choice.function.name
-        if name not in names:
-            raise invalid(f"tool_choice names {name[:64]!r}, which is none of the tools", "tool_choice")
-        functions = [functions[names.index(name)]]
-    return ToolUse(functions, kind, [tool.source for tool in body.tools], dialect)
+    kind, called = _choice(body, names)
+    return ToolUse(
+        functions=[functions[names.index(name)] for name in called],
+        choice=kind,
+        definitions=[tool.source for tool in body.tools],
+        dialect=_dialect(kind, support),
+        is_parallel=body.parallel_tool_calls is not False,
+        num_calls=num_calls(body.messages),
+    )
+
+
+def num_calls(messages: Sequence[Message]) -> int:
+    """Returns the number of calls in a conversation."""
+    return sum(len(message.tool_calls or ()) for message in messages)
+
+
+def _choice(body: ChatRequest, names: list[str]) -> tuple[Choice, list[str]]:
+    """Returns what the request demands, and the names of the functions that may be called."""
+    choice = body.tool_choice
+    match choice:
+        case NamedTool():
+            kind, called = "named", [choice.function.name]
+        case AllowedTools():
+            kind, called = (
+                choice.allowed_tools.mode,
+                [tool.function.name for tool in choice.allowed_tools.tools],
+            )
+        case _:
+            return ("required" if choice == "required" else "auto"), names
+    unknown = next((name for name in called if name not in names), None)
+    if unknown is not None:
+        raise invalid(f"tool_choice names {unknown[:64]!r}, which is none of the tools", "tool_choice")
+    return kind, [name for name in names if name in called]
+
+
+def _dialect(kind: Choice, support: ToolSupport) -> Dialect:
+    """Returns the dialect of the answer's calls. JSON can be forced on a model of any kind."""
+    refusal = support.refusal
+    if support.dialect is not None and refusal is None:
+        return support.dialect
+    if kind == "auto":
+        message = f"tool_choice 'auto' (the default with tools) is not possible with this model: {refusal}. "
+        raise unsupported("tool_choice", f"{message}Give 'required', a named function or 'none'")
+    return support.forced

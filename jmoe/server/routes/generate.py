@@ -65,11 +65,11 @@ def prepared_chat(
 
     is_clamped: whether an answer longer than the rest of the context is allowed to ask for only that rest.
     """
-    chat = check_chat(body)
+    chat = check_chat(body, service.chat.tools)
+    body = chat.body
     params, n = chat_params(chat, service.facts.vocab_size, service.turn_ends), body.n or 1
     encoder = _encoder(service, adds_special=bool(body.add_special_tokens))
-    shown, variables = None if chat.tools is None else chat.tools.definitions, body.chat_template_kwargs or {}
-    prompt = chat_prompt(body.messages, service.template, encoder, shown, variables)
+    prompt = chat_prompt(chat, service.chat, encoder)
     if is_clamped and params.max_tokens is not None:
         rest = max(service.facts.max_model_len - len(prompt.token_ids), 1)
         params = replace(params, max_tokens=min(params.max_tokens, rest))

@@ -13,9 +13,9 @@ from jmoe.server.answer.pieces import PiecesResponse, encoded, joined
 from jmoe.server.answer.replies import Model, Models, Status, Text, Tokens, Version
 from jmoe.server.errors import invalid, json_response, refused
 from jmoe.server.request.bounds import MAX_TOKENIZED
-from jmoe.server.request.checks import check_messages
+from jmoe.server.request.checks import check_chat
 from jmoe.server.request.prompts import TextEncoder, chat_prompt
-from jmoe.server.request.schema import DetokenizeRequest, TokenizeRequest
+from jmoe.server.request.schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from jmoe.server.service import Service
 
 
@@ -72,9 +72,9 @@ def _tokens(service: Service, raw: bytes) -> list[bytes]:
     if (body.prompt is None) == (body.messages is None):
         raise invalid("give either prompt or messages", "prompt")
     if body.messages is not None:
-        check_messages(body.messages)
+        chat = check_chat(ChatRequest(messages=body.messages), service.chat.tools)
         encoder = TextEncoder(codec, bool(body.add_special_tokens))
-        ids = chat_prompt(body.messages, service.template, encoder).token_ids
+        ids = chat_prompt(chat, service.chat, encoder).token_ids
     else:
         text = body.prompt or ""
         if len(text) > MAX_TOKENIZED:

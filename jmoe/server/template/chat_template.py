@@ -18,7 +18,9 @@ import jinja2
 from jmoe.engine.text.tokenizer_files import MORE, NAMES, json_object, read_config
 from jmoe.server.template.bounds import MAX_SIZE, TooLarge, TooLong
 from jmoe.server.template.forms import Forms, find_forms
+from jmoe.server.template.probe import Probe
 from jmoe.server.template.sandbox import BoundedEnvironment
+from jmoe.server.template.thinking import Thinking, find_thinking
 
 log = logging.getLogger(__name__)
 MAX_RENDERED = MAX_SIZE
@@ -52,7 +54,7 @@ class ChatTemplate:
         self.environment = environment = BoundedEnvironment()
         environment.filters["tojson"] = environment.bounded("tojson", _tojson)
         environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-        self.tokens, self.seconds = tokens, seconds
+        self.source, self.tokens, self.seconds = source, tokens, seconds
         environment.bounds.start(seconds)
         try:
             self.template = environment.template(source)
@@ -69,22 +71,36 @@ class ChatTemplate:
     @cached_property
     def forms(self) -> Forms:
         """The forms of messages that this template takes, found by rendering sample messages."""
-        return find_forms(lambda messages, tools: self._render(messages, tools, {}, PROBE_SECONDS))
+        return find_forms(self.probe)
+
+    @cached_property
+    def thinking(self) -> Thinking:
+        """The thoughts of the model, found by rendering sample messages."""
+        return find_thinking(self.probe, self.source)
+
+    @cached_property
+    def probe(self) -> Probe:
+        """Renders sample messages."""
+        return Probe(
+            lambda messages, tools, variables: self._render(messages, tools, variables, PROBE_SECONDS)
+        )
 
     def render(
         self,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         variables: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        opens_answer: bool = True,
     ) -> str:
-        """Renders the conversation up to the beginning of the assistant's answer. A ValueError says why it
-        cannot be rendered.
+        """Renders the conversation. A ValueError says why it cannot be rendered.
 
         variables: other variables for the template, without ``RESERVED`` names.
+        opens_answer: whether the beginning of the assistant's answer follows the last message.
         """
         chosen = self.chosen(tools)
         try:
-            text = chosen._render(messages, tools, variables, chosen.seconds)
+            text = chosen._render(messages, tools, variables, chosen.seconds, opens_answer=opens_answer)
         except TooLong as error:
             log.warning("the chat template was ended: %s", error)
             raise ValueError(f"the chat template cannot render these messages: {error}") from None
@@ -106,11 +122,13 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None,
         variables: Mapping[str, Any],
         seconds: float,
+        *,
+        opens_answer: bool = True,
     ) -> str:
         context = {**variables, **self.tokens, "messages": messages, "tools": tools, "documents": None}
         self.environment.bounds.start(seconds)
         parts, size = [], 0
-        for part in self.template.generate(context | {"add_generation_prompt": True}):
+        for part in self.template.generate(context | {"add_generation_prompt": opens_answer}):
             size += len(part)
             parts.append(part)
             if size > MAX_RENDERED:
@@ -118,15 +136,19 @@ class ChatTemplate:
         return "".join(parts)
 
 
-def load_chat_template(directory: Path) -> ChatTemplate | None:
+def load_chat_template(directory: Path, file: str | None = None) -> ChatTemplate | None:
     """Returns the template of a Hugging Face model directory; None if it has none. A bad file raises
     ValueError.
+
+    file: file of the template, instead of those of the directory.
 
     Separate template files take precedence over ``tokenizer_config.json``, as in transformers;
     ``chat_template.json``, which processors have, is read last.
     """
     try:
         files = read_config(directory)
+        if file is not None:
+            return ChatTemplate(_source(Path(file)), files.names())
         sources = _from_files(directory) or _named_sources(files.values.get("chat_template"))
         if not sources and (directory / "chat_template.json").is_file():
             sources = _named_sources(json_object(directory / "chat_template.json").get("chat_template"))
@@ -137,7 +159,7 @@ def load_chat_template(directory: Path) -> ChatTemplate | None:
             default = "{{ raise_exception('this model has no default chat template') }}"
         return ChatTemplate(default, files.names(), tool_use=sources.get(TOOL_USE))
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the chat template in {directory}: {error}") from None
+        raise ValueError(f"cannot read the chat template in {file or directory}: {error}") from None
 
 
 def load_turn_ends(directory: Path) -> tuple[str, ...]:
@@ -162,10 +184,13 @@ def _from_files(directory: Path) -> dict[str, str]:
     paths = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     if (directory / "chat_template.jinja").is_file():
         paths[DEFAULT] = directory / "chat_template.jinja"
-    for path in paths.values():
-        if path.stat().st_size > MAX_SOURCE:
-            raise ValueError(f"{path.name} has more than {MAX_SOURCE} bytes")
-    return {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+    return {name: _source(path) for name, path in paths.items()}
+
+
+def _source(path: Path) -> str:
+    if path.stat().st_size > MAX_SOURCE:
+        raise ValueError(f"{path.name} has more than {MAX_SOURCE} bytes")
+    return path.read_text(encoding="utf-8")
 
 
 def _named_sources(template: Any) -> dict[str, str]:

@@ -170,7 +170,7 @@ def _forward(
 ) -> Array:
     if record.rows_dtype is not None:
         x_ND = x_ND.astype(record.rows_dtype)
-    more = {"activations": settings[1]} if record.rounds_activations else {}
+    more = {"activations": settings[1]} if record.why_unrounded is not None else {}
     return record.run(x_ND, weights, group_sizes_E, activation=settings[0], **more)
 
 

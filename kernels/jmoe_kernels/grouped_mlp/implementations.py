@@ -36,8 +36,9 @@ class Implementation:
     describe: function that returns what it is, in a few words for a person.
     rows_dtype: dtype to which rows are converted first; None takes them as they are.
     has_interpreter: whether it has an interpreter, which runs on any platform.
-    rounds_activations: whether it multiplies with codes of quantised weights; its functions then take
-        what the other factor is rounded to.
+    why_unrounded: function (coding) that returns why activations are not rounded to int8 where it multiplies
+        with a weight's codes, or None if they are; its functions then take what they are rounded to. None for
+        an implementation that multiplies with no codes.
     layout_of: function (coding) that returns the layout in which it wants a quantised weight.
     is_for_training: whether it takes a limit on an expert's rows, and jax differentiates it; the others have
         the gradient of "batched".
@@ -50,7 +51,7 @@ class Implementation:
     describe: Callable[[], str] = lambda: "portable XLA"
     rows_dtype: str | None = None
     has_interpreter: bool = False
-    rounds_activations: bool = False
+    why_unrounded: Callable[[Coding], str | None] | None = None
     layout_of: Callable[[Coding], LayoutName] = lambda coding: "rows"
     is_for_training: bool = False
 
@@ -62,7 +63,7 @@ IMPLEMENTATIONS: dict[ExpertKernel, Implementation] = {
         limit=LazyFunction(PALLAS_TPU, "limit"),
         describe=lambda: "the Pallas kernels for tpu",
         has_interpreter=True,
-        rounds_activations=True,
+        why_unrounded=LazyFunction(PALLAS_TPU, "why_unrounded"),
         layout_of=lambda coding: "columns",
     ),
     "pallas_gpu": Implementation(
@@ -71,7 +72,7 @@ IMPLEMENTATIONS: dict[ExpertKernel, Implementation] = {
         describe=lambda: "the Pallas kernels for gpu",
         rows_dtype="bfloat16",
         has_interpreter=True,
-        rounds_activations=True,
+        why_unrounded=LazyFunction(PALLAS_GPU, "why_unrounded"),
         layout_of=lambda coding: "tiles",
     ),
     "cpu": Implementation(
@@ -80,7 +81,7 @@ IMPLEMENTATIONS: dict[ExpertKernel, Implementation] = {
         why_missing=cpu.why_missing,
         limit=limit,
         describe=describe,
-        rounds_activations=True,
+        why_unrounded=cpu.limit,
         layout_of=lambda coding: "n16" if cpu.limit(coding) is None else "rows",
     ),
     "batched": Implementation(grouped_mlp_batched, is_for_training=True),

@@ -145,13 +145,14 @@ def test_tool_choices(serve, choice, kind):
 
 def test_thinking_and_effort_reach_the_template(serve, monkeypatch):
     seen = []
-    monkeypatch.setattr("jmoe.server.routes.generate.check_chat", lambda body: seen.append(body) or 1 / 0)
+    monkeypatch.setattr(
+        "jmoe.server.routes.generate.check_chat", lambda body, support: seen.append(body) or 1 / 0
+    )
     client = serve()
     for thinking in ("enabled", "adaptive", "disabled"):
         client.post(PATH, json={**ASK, "thinking": {"type": thinking}, "output_config": {"effort": "low"}})
-    variables = [body.chat_template_kwargs for body in seen]
-    assert [v["enable_thinking"] for v in variables] == [True, True, False]
-    assert {v["reasoning_effort"] for v in variables} == {"low"}
+    assert [body.enable_thinking for body in seen] == [True, True, False]
+    assert {body.reasoning_effort for body in seen} == {"low"}
 
 
 def test_an_answer_may_have_a_form(serve):

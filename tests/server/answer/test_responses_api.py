@@ -117,6 +117,7 @@ def test_items_of_one_turn_are_one_message(serve):
             {"type": "function_call", "call_id": "1", "name": "look", "arguments": '{"a": 1}'},
             {"type": "function_call", "call_id": "2", "name": "f", "namespace": "ns", "arguments": "{}"},
             {"type": "custom_tool_call", "call_id": "3", "name": "run", "input": 'x"y'},
+            {"type": "function_call_output", "call_id": "1", "output": "one"},
             {
                 "type": "function_call_output",
                 "call_id": "2",
@@ -129,7 +130,7 @@ def test_items_of_one_turn_are_one_message(serve):
     )
     assert client.service.engine.prompt() == (
         "s:Help.\ns:dev\nu:hi\n"
-        'a:(t)So[look {"a": 1}][ns__f {}][run {"input": "x\\"y"}]\nt:two\nt:three\nu:and?\na:'
+        'a:(t)So[look {"a": 1}][ns__f {}][run {"input": "x\\"y"}]\nt:one\nt:two\nt:three\nu:and?\na:'
     )
 
 

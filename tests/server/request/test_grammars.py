@@ -41,14 +41,14 @@ def test_costly_grammars_delay_one_another_only(client, monkeypatch):
     grammars, going, costly = client.service.grammars, threading.Event(), []
     compiled = grammars._compile
 
-    def compile(grammar, seconds):
-        if "multipleOf" not in grammar.text:
-            return compiled(grammar, seconds)
+    def compile(request, seconds):
+        if "multipleOf" not in request.grammar.text:
+            return compiled(request, seconds)
         if seconds < MAX_SECONDS:
             raise TooCostly("for a quick thread")
-        costly.append(grammar)
+        costly.append(request)
         assert going.wait(120)
-        return compiled(grammar, seconds)
+        return compiled(request, seconds)
 
     monkeypatch.setattr(grammars, "_compile", compile)
 

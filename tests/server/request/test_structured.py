@@ -10,6 +10,7 @@ import pytest
 from support.server.answers import UNSUPPORTED, VALUE, check, events
 from support.server.fake_engine import ByteCodec, FakeEngine, listening, served
 
+from jmoe.server.request.conversation.chat_model import chat_model
 from jmoe.server.template.chat_template import ChatTemplate
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -27,8 +28,8 @@ TEMPLATE = (
 )
 
 
-def tool(name, parameters=None):
-    function = {"name": name} | ({} if parameters is None else {"parameters": parameters})
+def tool(name, parameters=None, strict=None):
+    function = {"name": name, "strict": strict} | ({} if parameters is None else {"parameters": parameters})
     return {"type": "function", "function": function}
 
 
@@ -221,7 +222,7 @@ BAD = [
     ({"tools": TOOLS, "tool_choice": named("other")}, "tool_choice", VALUE),
     ({"tools": [*TOOLS, TOOLS[0]], "tool_choice": "required"}, "tools", VALUE),
     ({"tools": [tool("f", {"type": "string"})], "tool_choice": "required"}, "tools", VALUE),
-    ({"tools": [tool("f", {"type": "object", "not": {}})], "tool_choice": named("f")}, "tools", VALUE),
+    ({"tools": [tool("f", {"type": "object", "not": {}}, True)], "tool_choice": named("f")}, "tools", VALUE),
     ({"tools": [{"type": "search"}], "tool_choice": "required"}, "tools[0].type", VALUE),
     ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tools[0].function",
      "missing_required_parameter"),
@@ -268,7 +269,7 @@ class Pick(pydantic.BaseModel):
 def test_the_openai_client_gets_what_it_parses():
     """The openai client gets what it parses: its schemas, whole and streamed answers, returned messages."""
     with listening(FakeEngine(ByteCodec(), max_model_len=2048)) as (url, server):
-        server.service.template = ChatTemplate(TEMPLATE, {})
+        server.service.chat = chat_model(ChatTemplate(TEMPLATE, {}), server.service.facts, "auto")
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="EMPTY", max_retries=0)
         chat, tools = client.chat.completions, [openai.pydantic_function_tool(Pick)]
         ask = {"model": "fake", "messages": USER}

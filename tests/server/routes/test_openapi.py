@@ -9,7 +9,8 @@ from support.server.answers import events, named_events
 from support.server.bodies import BODIES
 from support.server.fake_engine import TEMPLATE, ByteCodec, FakeEngine, served
 
-from jmoe.server.request.schema import ChatRequest, CompletionRequest, neutral
+from jmoe.server.request.fields.base import neutral
+from jmoe.server.request.schema import ChatRequest, CompletionRequest
 from jmoe.server.route_record import EVENTS, JSON
 from jmoe.server.routes.table import ROUTES
 

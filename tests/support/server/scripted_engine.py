@@ -7,7 +7,8 @@ from typing import Any
 from support.server.fake_engine import EOS, ByteCodec, FakeEngine, served
 
 from jmoe.engine.text.markup import Markup
-from jmoe.server.request.dialects import Arguments, CallEnd, CallStart, PlainText
+from jmoe.server.dialects.events import Arguments, CallEnd, CallStart, PlainText
+from jmoe.server.request.fields.chat import AllowedTools
 from jmoe.server.request.tools import tool_use
 
 TEMPLATE = (
@@ -75,7 +76,15 @@ class FreeCalls:
     definitions: list[dict[str, Any]]
     choice: str
     body: Any
-    grammar_maker: None = None
+    dialect: Any
+    is_parallel: bool = True
+    mended: None = None
+
+    def grammar(self, open_names=()):
+        return None
+
+    def new_id(self, name, number):
+        return f"{name}-{number}"
 
     def reader(self):
         return ScriptReader()
@@ -85,13 +94,17 @@ def free_calls(monkeypatch):
     """Makes the answers of the scripts the calls of every request with tools; returns the requests' uses."""
     uses = []
 
-    def use(body):
+    def use(body, support):
         choice = body.tool_choice
         if not body.tools or choice == "none":
-            return tool_use(body)
+            return tool_use(body, support)
         functions = [tool.function for tool in body.tools]
-        kind = choice if isinstance(choice, str) else "named" if choice else "auto"
-        uses.append(FreeCalls(functions, [tool.source for tool in body.tools], kind, body))
+        kind = choice if isinstance(choice, str) else "auto" if choice is None else "named"
+        if isinstance(choice, AllowedTools):
+            allowed = {tool.function.name for tool in choice.allowed_tools.tools}
+            functions = [each for each in functions if each.name in allowed]
+            kind = choice.allowed_tools.mode
+        uses.append(FreeCalls(functions, [tool.source for tool in body.tools], kind, body, support.forced))
         return uses[-1]
 
     monkeypatch.setattr("jmoe.server.request.checks.tool_use", use)

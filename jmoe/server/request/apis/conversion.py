@@ -50,9 +50,7 @@ def thinking_fields(effort: str | None, is_on: bool | None) -> dict[str, Any]:
     effort: word such as "low"; None leaves it to the model.
     is_on: whether it thinks at all; None leaves it to the model.
     """
-    switch = {} if is_on is None else {"enable_thinking": is_on, "thinking": is_on}
-    variables = switch | ({} if effort is None else {"reasoning_effort": effort})
-    return {"chat_template_kwargs": variables or None}
+    return {"reasoning_effort": effort, "enable_thinking": is_on}
 
 
 def function_tool(

@@ -30,6 +30,7 @@ from jmoe_kernels.grouped_mlp.pallas_gpu.blocks import (
     fit_blocks,
     windows,
 )
+from jmoe_kernels.grouped_mlp.pallas_gpu.factor import why_unrounded
 from jmoe_kernels.grouped_mlp.types import ExpertWeights
 from jmoe_kernels.quantised import Coding, Quantised, coding_of
 from jmoe_kernels.settings import Activation, Activations
@@ -37,7 +38,7 @@ from jmoe_kernels.settings import Activation, Activations
 UNIT = (
     64  # the least weight tile and contraction step: M of wgmma, and 128 bytes of bfloat16 for TMA's swizzle
 )
-__all__ = ["BlockSizes", "grouped_mlp_pallas_gpu", "limit"]
+__all__ = ["BlockSizes", "grouped_mlp_pallas_gpu", "limit", "why_unrounded"]
 
 
 def limit(weights: ExpertWeights, rows: int, activation: str) -> str | None:

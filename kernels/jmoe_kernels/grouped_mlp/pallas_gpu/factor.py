@@ -29,6 +29,21 @@ LEAST_INT8 = {"int8": 32, "iq4": 32, "int4": 64}  # numbers of a product with in
 Parts = tuple[Any, ...]  # a weight's arrays, or their tiles: values, and perhaps scales and lows
 
 
+def why_unrounded(coding: Coding) -> str | None:
+    """Returns why activations are not rounded to int8 for a weight with this coding, or None if they are in
+    windows of few rows."""
+    least = LEAST_INT8.get(coding.code)
+    if least is None:
+        return f"the GPU multiplies {coding.code} as bfloat16"
+    if coding.has_lows:
+        return "the GPU adds lows to the numbers, which it then multiplies as bfloat16"
+    if coding.group is not None and coding.group % least:
+        return (
+            f"the GPU's int8 products of {coding.code} have {least} numbers, and groups have {coding.group}"
+        )
+    return None
+
+
 @dataclass(frozen=True)
 class Factor:
     """A weight as a kernel multiplies with it.
@@ -60,10 +75,9 @@ class Factor:
     def has_int8_rows(self) -> bool:
         """Whether rows are rounded to int8, because that is wanted and codes are or become int8. A product
         then has 32 numbers at least, or 64 from registers, and sums of groups are always scaled."""
-        coding, least = self.coding, LEAST_INT8.get(self.coding.code) if self.coding else None
-        if self.activations != "int8" or coding is None or least is None or coding.has_lows:
+        if self.activations != "int8" or self.coding is None or why_unrounded(self.coding) is not None:
             return False
-        return self.group >= self.depth or (self.group % least == 0 and self.rows <= INT8_ROWS)
+        return self.group >= self.depth or self.rows <= INT8_ROWS
 
     @property
     def sums_dtype(self) -> Any:

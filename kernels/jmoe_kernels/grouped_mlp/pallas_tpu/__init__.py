@@ -14,13 +14,13 @@ from jaxtyping import Float, Int
 
 from jmoe_kernels.grouped_mlp.pallas_tpu.blocks import CHIPS, LANES, BlockSizes, choose_blocks, device_kind
 from jmoe_kernels.grouped_mlp.pallas_tpu.decode import decode
-from jmoe_kernels.grouped_mlp.pallas_tpu.forms import form_of, operands_of, why_not_coding
+from jmoe_kernels.grouped_mlp.pallas_tpu.forms import form_of, operands_of, why_not_coding, why_unrounded
 from jmoe_kernels.grouped_mlp.pallas_tpu.prefill import prefill
 from jmoe_kernels.grouped_mlp.types import ExpertWeights
 from jmoe_kernels.quantised import Quantised
 from jmoe_kernels.settings import Activation, Activations
 
-__all__ = ["BlockSizes", "choose_blocks", "form_of", "grouped_mlp_pallas_tpu", "limit"]
+__all__ = ["BlockSizes", "choose_blocks", "form_of", "grouped_mlp_pallas_tpu", "limit", "why_unrounded"]
 
 
 def limit(

@@ -33,11 +33,17 @@ def form_of(weights: ExpertWeights, activations: Activations = "auto") -> Form:
         return Form.of_dtype(weights.dtype)
     both = gate_up, down
     names = {_product_of(weight.coding) for weight in both}
-    is_float, terms = "e4m3" in names, 1 if activations == "int8" and "e4m3" not in names else 2
+    unrounded = [weight for weight in both if why_unrounded(weight.coding) is not None]
+    is_float, terms = "e4m3" in names, 1 if activations == "int8" and not unrounded else 2
     name = "e4m3" if is_float else "int4" if names == {"int4"} else "int8"
     _, inner, model = weights.dims
     bits = 8 * sum(w.coding.nbytes(w.shape, w.layout) for w in both) / (3 * inner * model * weights.dims[0])
     return Form(name, bits, terms, terms, TILE // terms, down.coding.group or 1)
+
+
+def why_unrounded(coding: Coding) -> str | None:
+    """Returns why activations are not rounded to int8 for a weight with this coding, or None if they are."""
+    return "the TPU multiplies e4m3 with activations in two terms of e4m3" if coding.code == "e4m3" else None
 
 
 def _product_of(coding: Coding) -> str:

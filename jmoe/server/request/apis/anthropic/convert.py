@@ -20,7 +20,8 @@ from jmoe.server.request.schema import ChatRequest
 NAMES = {
     "response_format": "output_config.format",
     "max_completion_tokens": "max_tokens",
-    "chat_template_kwargs": "thinking",
+    "reasoning_effort": "output_config.effort",
+    "enable_thinking": "thinking",
     "stop": "stop_sequences",
     "continue_final_message": "messages",
 }

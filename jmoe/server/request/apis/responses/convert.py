@@ -17,7 +17,7 @@ NAMES = {
     "messages": "input",
     "response_format": "text.format",
     "max_completion_tokens": "max_output_tokens",
-    "chat_template_kwargs": "reasoning",
+    "reasoning_effort": "reasoning.effort",
 }
 
 

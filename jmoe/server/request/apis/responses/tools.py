@@ -119,8 +119,10 @@ class FlatTools:
             raise invalid(message, "tool_choice")
         where = "tool_choice.tools[{}]".format
         allowed = {self._named(tool, where(i)) for i, tool in enumerate(tools) if not self._is_left_out(tool)}
-        functions = [each for each in self.functions if each["function"]["name"] in allowed]
-        return Choice(functions, mode)
+        if not allowed:  # all of them are left out
+            raise invalid("tool_choice allows no tool that can be called here", "tool_choice")
+        chosen = {"mode": mode, "tools": [named_function(name) for name in sorted(allowed)]}
+        return Choice(self.functions, {"type": "allowed_tools", "allowed_tools": chosen})
 
     def _is_left_out(self, tool: Any) -> bool:
         return isinstance(tool, dict) and tool.get("type") in self.left_out

@@ -1,14 +1,13 @@
 """Messages as the model's chat template gets them: as they were sent, if the template takes that form."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from jmoe.server.errors import invalid, unsupported
 from jmoe.server.request.bounds import check_json
-from jmoe.server.request.schema import Message
+from jmoe.server.request.fields.chat import Message
 from jmoe.server.template.forms import Forms
 
 # Keys of an assistant's reasoning: the first is read by most templates, the second by some, the third is sent
@@ -17,14 +16,8 @@ THOUGHT = ("reasoning_content", "thinking", "reasoning")
 TEXT_KEYS = ("type", "text", "cache_control")
 
 
-def needs_forms(messages: Sequence[Message]) -> bool:
-    """Returns whether a message has a form that not every template takes."""
-    return any(m.tool_calls or m.content is None or isinstance(m.content, list) for m in messages)
-
-
-def template_message(i: int, message: Message, forms: Forms | None) -> dict[str, Any]:
-    """Returns message ``i`` for a template that takes ``forms``; these are None only if no message
-    ``needs_forms``.
+def template_message(i: int, message: Message, forms: Forms) -> dict[str, Any]:
+    """Returns message ``i`` for a template that takes ``forms``.
 
     A key whose value is null counts as absent, except content: an assistant's content is null if it calls a
     tool.
@@ -40,8 +33,6 @@ def template_message(i: int, message: Message, forms: Forms | None) -> dict[str,
     thought = next((plain[key] for key in THOUGHT if key in plain), None)
     if thought is not None:  # as in transformers 5: under both names that templates read
         plain = {"thinking": thought, **plain, "reasoning_content": thought}
-    if forms is None:
-        return plain
     if message.content is None and not forms.null:
         plain["content"] = ""
     elif isinstance(message.content, list):

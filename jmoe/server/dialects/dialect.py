@@ -1,0 +1,105 @@
+"""The dialect of a model: the form of its calls over its own tokenizer."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
+
+from tokenizers import Tokenizer
+
+from jmoe.engine.grammar.grammar import Grammar
+from jmoe.engine.text.markup import HARMONY_END
+from jmoe.server.dialects.events import Choice, Function, Reader
+from jmoe.server.dialects.format import Format
+from jmoe.server.dialects.formats import FORMATS
+from jmoe.server.dialects.grammars.calls import calls_grammar
+from jmoe.server.dialects.grammars.harmony import harmony_grammar
+from jmoe.server.dialects.grammars.schemas import Followed
+from jmoe.server.dialects.ids import new_id
+from jmoe.server.dialects.marks import apart_tokens, marked
+from jmoe.server.dialects.reader import FormatReader
+
+
+class Dialect(Protocol):
+    """A form in which a model writes calls.
+
+    name: its name.
+    choices: kinds of ``tool_choice`` that it serves.
+    marks: private characters, by id, of tokens that stand in the text as these (``Markup.marks``).
+    followed: makes the schemas of functions ready for its grammars.
+
+    grammar: returns the grammar of a whole answer behind its thoughts, None if it is free text. ``parallel``
+        allows several calls; the arguments of functions in ``open_names`` that are not strict are any object.
+        Raises ValueError for functions that no grammar can follow.
+    reader: makes the reader of one answer.
+    new_id: returns an id for a call of ``name``, the conversation's call ``number`` (from 0), in the form
+        that the model knows.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def choices(self) -> frozenset[Choice]: ...
+    @property
+    def marks(self) -> Mapping[int, str]: ...
+    @property
+    def followed(self) -> Followed: ...
+
+    def grammar(
+        self,
+        functions: Sequence[Function],
+        choice: Choice,
+        *,
+        parallel: bool,
+        open_names: Collection[str] = (),
+    ) -> Grammar | None: ...
+    def reader(self, choice: Choice, functions: Sequence[Function]) -> Reader: ...
+    def new_id(self, name: str, number: int) -> str: ...
+
+
+class FormatDialect:
+    """A format over one tokenizer (``Dialect``).
+
+    form: the format as it is declared.
+    tokens: result of ``marks.apart_tokens``.
+    """
+
+    choices = frozenset[Choice](("auto", "required", "named"))
+
+    def __init__(self, form: Format, tokens: Mapping[str, int]):
+        self.form, self.tokens = form, tokens
+        self.is_harmony = form == FORMATS["harmony"]
+        self.marked, self.marks = marked(form, tokens)
+        if self.is_harmony and (call := tokens.get("<|call|>")) is not None:
+            self.marks[call] = HARMONY_END  # the text layer marks calls in channels where it knows this mark
+        self.followed = Followed()
+
+    @property
+    def name(self) -> str:
+        return self.form.name
+
+    def grammar(
+        self,
+        functions: Sequence[Function],
+        choice: Choice,
+        *,
+        parallel: bool,
+        open_names: Collection[str] = (),
+    ) -> Grammar | None:
+        parameters = [self.followed.parameters(function, open_names) for function in functions]
+        if self.is_harmony:
+            return harmony_grammar(self.tokens, parameters, choice)
+        ids = {mark: id for id, mark in self.marks.items()}
+        return calls_grammar(self.marked, ids, parameters, choice, parallel=parallel)
+
+    def reader(self, choice: Choice, functions: Sequence[Function]) -> Reader:
+        return FormatReader(self.marked, functions)
+
+    def new_id(self, name: str, number: int) -> str:
+        return new_id(self.form.ids, name, number)
+
+
+def format_dialect(form: Format, tokenizer: Tokenizer, vocab_size: int) -> FormatDialect:
+    """Returns the dialect of a format over a model's tokenizer.
+
+    vocab_size: vocabulary size of the model.
+    """
+    return FormatDialect(form, apart_tokens(tokenizer, vocab_size))

@@ -1,0 +1,1 @@
+"""Parts of bodies: the base of all structs (``base``), and the messages and tools of chats (``chat``)."""

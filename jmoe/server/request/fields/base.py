@@ -1,0 +1,51 @@
+"""The parts of which structs of requests are made: strict objects, and fields of neutral values alone."""
+
+import functools
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+# In Python ``$`` also matches before a last line end, which JavaScript's, and JSON Schema's, does not.
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$(?!\n)")]
+
+
+def only(*values: Any) -> Meta:
+    """Annotates a field of a feature that is not supported: null and ``values`` request nothing, and pass.
+
+    They are kept as JSON: typing takes equal annotations for one, and False equals 0.
+    """
+    return Meta(extra={"only": msgspec.json.encode(values)}, extra_json_schema={"enum": [None, *values]})
+
+
+Off = Annotated[Any, only(False)]
+On = Annotated[Any, only(True)]
+Zero = Annotated[Any, only(0)]
+One = Annotated[Any, only(1)]
+Unlimited = Annotated[Any, only(-1)]
+Absent = Annotated[Any, only()]
+
+
+@functools.cache
+def neutral(kind: type[msgspec.Struct]) -> dict[str, list[Any]]:
+    """Returns the values that pass besides null, for each field of ``kind`` declared with ``only``."""
+    shape = msgspec.inspect.type_info(kind)
+    assert isinstance(shape, msgspec.inspect.StructType)
+    extras = {field.name: getattr(field.type, "extra", None) or {} for field in shape.fields}
+    return {name: msgspec.json.decode(extra["only"]) for name, extra in extras.items() if "only" in extra}
+
+
+class Strict(msgspec.Struct, forbid_unknown_fields=True):
+    """A JSON object without other fields than its own."""
+
+
+class WithSource(Strict, kw_only=True, dict=True):
+    """A JSON object that the model's template gets as it was sent: with its own keys in their order.
+
+    ``decoding.decode`` sets ``source``.
+    """
+
+    @property
+    def source(self) -> dict[str, Any]:
+        return self.__dict__["source"]
