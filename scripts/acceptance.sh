@@ -175,14 +175,93 @@ inspect() {
     '$env/bin/python' '$here/load_report.py' inspect '$dir/inspect' '$BASE'"
 }
 
+# The agents' clients call tools, so they talk to the real server over a scripted engine.
+start_scripted() {
+  scripted_port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  SCRIPTED="http://127.0.0.1:$scripted_port"
+  PYTHONPATH="$PWD:$PWD/kernels" JAX_PLATFORMS=cpu "$python" "$here/scripted_server.py" "$scripted_port" --thinks \
+    > "$dir/logs/scripted.log" 2>&1 &
+  scripted=$!
+  trap 'kill $server $scripted 2> /dev/null; wait $server $scripted 2> /dev/null' EXIT
+  for _ in $(seq 60); do
+    curl -sf -m 2 -o /dev/null "$SCRIPTED/ready" && return
+    sleep 1
+  done
+  row "scripted server" "" FAIL "$(last "$dir/logs/scripted.log")"
+}
+
+agents_python() {
+  wanted agents-python && installed agents-python openai-agents==0.24.0 openai==3.57.0 anthropic==2.15.0 || return
+  run agents-python "openai-agents==0.24.0 anthropic==2.15.0" "$env/bin/python" "$here/agents_python.py" "$SCRIPTED" fake
+}
+
+# npm_folder NAME PACKAGE...: a folder at $folder with these packages, or a SKIP row.
+npm_folder() {
+  local name=$1
+  shift
+  folder="$dir/npm-$name"
+  [ -e "$folder/ready" ] && return 0
+  mkdir -p "$folder"
+  if command -v npm > /dev/null && (cd "$folder" && npm install --no-save --no-audit --no-fund --silent "$@") \
+    > "$dir/logs/$name.install" 2>&1; then
+    touch "$folder/ready"
+  else
+    row "$name" "$1" SKIP "cannot be installed here: $(last "$dir/logs/$name.install")"
+    return 1
+  fi
+}
+
+agents_js() {
+  wanted agents-js && npm_folder agents-js ai@6.0.326 @ai-sdk/openai@3.0.141 @ai-sdk/anthropic@3.0.140 \
+    @ai-sdk/openai-compatible@2.0.92 @openai/agents@0.20.0 openai@7.59.0 @anthropic-ai/sdk@1.15.0 zod@4.6.7 || return
+  cp "$here/agents_js.mjs" "$folder"
+  run agents-js "ai@6.0.326 @openai/agents@0.20.0" node "$folder/agents_js.mjs" "$SCRIPTED" fake
+}
+
+codex() {
+  wanted codex && npm_folder codex @openai/codex@0.171 || return
+  mkdir -p "$folder/home/.codex"
+  cat > "$folder/home/.codex/config.toml" << END
+model = "fake"
+model_provider = "jmoe"
+[model_providers.jmoe]
+name = "jmoe"
+base_url = "$SCRIPTED/v1"
+wire_api = "responses"
+env_key = "JMOE_KEY"
+request_max_retries = 0
+stream_max_retries = 0
+END
+  run codex "@openai/codex@0.171" bash -c "set -o pipefail; env -i PATH='$PATH' HOME='$folder/home' JMOE_KEY=EMPTY \
+    '$folder/node_modules/.bin/codex' exec --skip-git-repo-check -s read-only 'Say hello with the tool.' < /dev/null \
+    > '$dir/codex.txt' 2>&1 && grep -q '^hello-from-tool' '$dir/codex.txt' && grep 'sunny: 21' '$dir/codex.txt'"
+}
+
+claude_code() {
+  wanted claude-code && npm_folder claude-code @anthropic-ai/claude-code@2.1.197 || return
+  mkdir -p "$folder/home"
+  run claude-code "claude-code@2.1.197" bash -c "env -i PATH='$PATH' HOME='$folder/home' ANTHROPIC_BASE_URL=$SCRIPTED \
+    ANTHROPIC_AUTH_TOKEN=EMPTY ANTHROPIC_MODEL=fake ANTHROPIC_SMALL_FAST_MODEL=fake-small \
+    CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1 DISABLE_TELEMETRY=1 DISABLE_AUTOUPDATER=1 \
+    '$folder/node_modules/.bin/claude' -p 'Say hello with the tool.' --allowedTools 'Bash(echo:*)' \
+    --output-format stream-json --verbose < /dev/null > '$dir/claude.txt' 2>&1 &&
+    grep -q '\"tool_result\".*hello-from-tool\|hello-from-tool.*\"tool_result\"' '$dir/claude.txt' &&
+    grep -o '\"num_turns\":2,\"result\":\"[^\"]*\"' '$dir/claude.txt'"
+}
+
 row CLIENT VERSION "" NOTE
+start_scripted
 wanted curl && run curl "$(curl --version | cut -d' ' -f1,2 | head -1)" bash "$here/curl.sh" "$BASE" "$MODEL"
 program openai openai_python.py openai==3.52.0
 npm_programs
 program instructor instructor_check.py instructor==1.17.0
 program litellm litellm_check.py litellm==1.106.2
 schemathesis
+agents_python
 if [ -z "$light" ]; then
+  agents_js
+  codex
+  claude_code
   program langchain-openai langchain_check.py langchain-openai==1.7.3
   program pydantic-ai pydantic_ai_check.py pydantic-ai==2.62.0
   inspect
@@ -193,6 +272,8 @@ if [ -z "$light" ]; then
   lm_eval
 fi
 
+kill -TERM $scripted
+wait $scripted || row "scripted server" "" FAIL "ended with $?"
 curl -sf -m 5 -o /dev/null "$BASE/ready" || row "the server" "" FAIL "is not ready any more"
 kill -TERM $server
 wait $server

@@ -121,11 +121,17 @@ def add_serve_flags(p: Parser) -> None:
     p.add_argument("--config", type=Path, metavar="F.toml", help="the same flags in a file; flags win")
     p.add_argument("--host")
     p.add_argument("--port", type=integer)
-    p.add_argument("--served-model-name", metavar="N")
+    names = "the names that requests may use; the first is that of answers to requests without one"
+    p.add_argument("--served-model-name", metavar="N", nargs="+", help=names)
     p.add_argument("--api-key", metavar="K")
     add_chat_flags(p)
     origins = "web pages whose scripts may use the server, e.g. https://chat.example.org; * for all"
     p.add_argument("--allowed-origins", metavar="O", nargs="+", help=origins)
+    p.add_argument(
+        "--response-store",
+        action=argparse.BooleanOptionalAction,
+        help="answers of /v1/responses stay in memory for later requests (the default)",
+    )
     p.add_argument("--keep-alive", type=integer, metavar="S", help="how long an idle connection stays open")
     p.add_argument("--max-queue", type=integer, metavar="N", help="waiting requests at most")
     p.add_argument("--shutdown-timeout", type=number, metavar="S")

@@ -62,7 +62,7 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
     log = logging.getLogger(__name__)
     log.info("jmoe %s, settings given: %s", __version__, given_settings(values))
     server = ServerSettings(**{f.name: values[f.name] for f in fields(ServerSettings) if f.name in values})
-    tracer = make_tracer(values, server.served_model_name)
+    tracer = make_tracer(values, next(iter(server.served_names), None))
     socket = bind(server.host, server.port)  # before the model is loaded: a port in use is reported at once
     settings, model = settings_from(values), values.get("model", "tiny")
     try:

@@ -1,11 +1,26 @@
-"""Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``, all four keys always."""
+"""Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``, all four keys always.
+
+On the paths of Anthropic's API they have its shape: ``{"type": "error", "error": {"type", "message"}}``.
+"""
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
+ANTHROPIC_PATH = "/v1/messages"  # this path, and those below it
+AnthropicKind = Literal[
+    "invalid_request_error", "authentication_error", "not_found_error", "request_too_large", "api_error",
+    "overloaded_error",
+]  # fmt: skip
+ANTHROPIC_KINDS: Mapping[int, AnthropicKind] = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+}
 CONTEXT_PHRASE = "This model's maximum context length"  # clients recognise the case by these words
 LIMIT_FIELDS = "allowed_token_ids", "bad_words"  # fields that only the engine checks whole
 
@@ -29,6 +44,18 @@ class Error(msgspec.Struct, forbid_unknown_fields=True):
     error: ErrorDetail
 
 
+class AnthropicDetail(msgspec.Struct, forbid_unknown_fields=True):
+    type: AnthropicKind
+    message: str
+
+
+class AnthropicError(msgspec.Struct, forbid_unknown_fields=True):
+    """An error of a request to the Messages API, and the event of a stream that fails."""
+
+    type: Literal["error"]
+    error: AnthropicDetail
+
+
 class ApiError(Exception):
     """An answer other than 200. ``param`` names the request field, ``code`` is a word or None."""
 
@@ -49,8 +76,30 @@ class ApiError(Exception):
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return Error(ErrorDetail(self.message, kind, self.param, self.code))
 
+    def anthropic(self) -> AnthropicError:
+        default: AnthropicKind = "api_error" if self.status >= 500 else "invalid_request_error"
+        return AnthropicError(
+            "error", AnthropicDetail(ANTHROPIC_KINDS.get(self.status, default), self.message)
+        )
+
     def response(self) -> Response:
-        return json_response(self.envelope(), self.status, self.headers)
+        return ErrorResponse(self)
+
+
+class ErrorResponse(Response):
+    """An error in the shape of the API that the request's path belongs to."""
+
+    media_type = "application/json"
+
+    def __init__(self, error: ApiError):
+        super().__init__(msgspec.json.encode(error.envelope()), error.status, error.headers)
+        self.error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not f"{scope['path']}/".startswith(f"{ANTHROPIC_PATH}/"):
+            return await super().__call__(scope, receive, send)
+        error = self.error
+        await json_response(error.anthropic(), error.status, error.headers)(scope, receive, send)
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

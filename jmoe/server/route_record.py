@@ -12,6 +12,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import compile_path
 
+from jmoe.server.errors import Error
+
 JSON, EVENTS = "application/json", "text/event-stream"
 Shared = TypeVar("Shared")  # what the handlers share; the table's is ``Service``
 
@@ -26,15 +28,17 @@ class Route(Generic[Shared]):
     summary: line for the OpenAPI document; None leaves the route out of it.
     answers: types of the answer with status 200, by content type; for EVENTS the type of an event's data.
     errors: other statuses of answers, except 401 and 500.
+    error: type of other answers.
     body: type of the request's body; None if it takes none.
     example: body that works.
     is_open: whether it needs no API key; such a path has no variables.
     is_quiet: whether its answers are not logged.
     is_probe: whether it reports health, so that it is answered beyond the limit on connections too.
     operation: name of the operation in traces; None if it is not traced.
+    has_named_events: whether the events of its streams have names, and no ``[DONE]`` follows them.
     """
 
-    method: Literal["GET", "POST"]
+    method: Literal["GET", "POST", "DELETE"]
     path: str
     handler: Callable[[Shared, Request], Awaitable[Response]]
     summary: str | None
@@ -46,6 +50,8 @@ class Route(Generic[Shared]):
     is_quiet: bool = False
     is_probe: bool = False
     operation: str | None = None
+    error: type = Error
+    has_named_events: bool = False
 
     @cached_property
     def pattern(self) -> str:

@@ -17,8 +17,10 @@ from jmoe import __version__
 from jmoe.engine.faults import contained
 from jmoe.server.answer.generation import Generation
 from jmoe.server.answer.replies import Head
+from jmoe.server.answer.responses.store import ResponseStore
 from jmoe.server.engine_api import EngineProtocol
 from jmoe.server.errors import ApiError, draining, engine_dead
+from jmoe.server.request.apis.notices import Notices
 from jmoe.server.request.body import BodyBytes, read_body
 from jmoe.server.request.bounds import LIGHT
 from jmoe.server.request.conversation.chat_model import chat_model
@@ -51,7 +53,7 @@ class Service:
 
     def __init__(self, engine: EngineProtocol, settings: ServerSettings, directory: Path | None, model: str):
         self.engine, self.facts, self.settings = engine, engine.facts, settings
-        self.model = settings.served_model_name or model
+        self.models = settings.served_names or (model,)
         template = None if directory is None else load_chat_template(directory, settings.chat_template)
         declared = None if directory is None else declared_template(directory)
         self.chat = chat_model(template, self.facts, settings.tool_format, declared)
@@ -59,6 +61,8 @@ class Service:
         self.metrics = Metrics(engine)
         engine.add_listener(self.metrics)
         self.grammars = Grammars(self.facts)
+        self.notices = Notices()
+        self.response_store = ResponseStore() if settings.response_store else None
         self.executor = ThreadPoolExecutor(THREADS, thread_name_prefix="jmoe-server")
         self.bodies = BodyBytes(BODIES * settings.max_body_bytes)
         self.lanes = [(limit, asyncio.Semaphore(places)) for limit, places in LANES]
@@ -67,6 +71,11 @@ class Service:
         self.start_time, self.start_clock = int(time.time()), time.monotonic()
         self.observers: list[Observer] = [self._count_answer, log_answer]
         self.poll = Poll(self._take_snapshot, self._state, self.in_thread)
+
+    @property
+    def model(self) -> str:
+        """The first served name."""
+        return self.models[0]
 
     async def read(self, request: Request, make: Callable[[bytes], Result]) -> Result:
         """Reads the request's body and returns ``make(body)``, run on a thread. It raises a 503 if no work is
@@ -103,7 +112,7 @@ class Service:
             raise engine_dead()
 
     def check_model(self, name: str | None) -> None:
-        if name not in (None, self.model):
+        if name not in (None, *self.models):
             message = f"The model {name[:200]!r} does not exist"
             raise ApiError(404, message, param="model", code="model_not_found")
 
@@ -126,13 +135,17 @@ class Service:
             raise
         return generation
 
-    def head(self, prefix: str) -> Head:
+    def head(self, prefix: str, model: str | None) -> Head:
         """Returns the first fields of every answer. The server makes the id, so no two live requests share
-        one."""
+        one.
+
+        prefix: beginning of the id.
+        model: name that the request has; None = it has none.
+        """
         return Head(
-            id=f"{prefix}-{uuid.uuid4().hex}",
+            id=prefix + uuid.uuid4().hex,
             created=int(time.time()),
-            model=self.model,
+            model=model or self.model,
             system_fingerprint=f"jmoe-{__version__}",
         )
 

@@ -18,7 +18,8 @@ MAX_KEEP_ALIVE = 24 * 60 * 60
 class ServerSettings:
     """The server's settings. The constructor raises ValueError naming the setting and its limit.
 
-    served_model_name: only model name that requests may have; None = the name that ``serve`` got.
+    served_model_name: model name that requests may have, or several, of which answers to requests without a
+        name carry the first; None = the name that ``serve`` got.
     api_key: key that requests must have; None = no key is needed.
     shutdown_timeout: seconds that running answers get to finish after SIGTERM.
     request_timeout: seconds from a request's arrival to the end of its answer; None = no limit.
@@ -29,9 +30,10 @@ class ServerSettings:
     tool_format: form in which the model writes calls of functions: "auto" finds it, "none" has none; else the
         name of a format or the path of its TOML file.
     allowed_origins: origins of web pages whose scripts may use the server, "*" for all.
+    response_store: whether answers of /v1/responses are kept in memory for later requests.
     """
 
-    served_model_name: str | None = None
+    served_model_name: str | tuple[str, ...] | None = None
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
     api_key: Secret | None = None
@@ -46,12 +48,22 @@ class ServerSettings:
     chat_template: str | None = None
     tool_format: str = "auto"
     allowed_origins: tuple[str, ...] = ()
+    response_store: bool = True
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """The model names that requests may have; empty if none is set."""
+        name = self.served_model_name
+        return (name,) if isinstance(name, str) else name or ()
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("served_model_name", "host"):
-            if getattr(self, name) == "":
-                raise ValueError(f"{name} must not be empty")
+        if "" in self.served_names or self.served_model_name == ():
+            raise ValueError("served_model_name must not be empty")
+        if len(set(self.served_names)) < len(self.served_names):
+            raise ValueError(f"served_model_name has a name twice: {', '.join(self.served_names)}")
+        if self.host == "":
+            raise ValueError("host must not be empty")
         key = self.api_key
         if key is not None and not (key and key.isascii() and key.isprintable()):
             raise ValueError("api_key must be printable ASCII and not empty")

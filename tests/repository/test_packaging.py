@@ -23,7 +23,7 @@ LAYERS = {  # the parts of a package, lowest first: a part imports only from its
     ),
     "jmoe.server.request": (
         "bounds", "fields", "schema", "body", "decoding", "tools", "conversation", "structured", "checks",
-        "grammars", "prompts", "truncation", "params", "prepared",
+        "grammars", "prompts", "truncation", "params", "prepared", "apis",
     ),
 }  # fmt: skip
 SOURCES = sorted([*(ROOT / "jmoe").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])

@@ -1,7 +1,5 @@
 """The format of chat answers that may call functions, in any dialect."""
 
-import secrets
-import string
 from collections.abc import Iterator, Sequence
 
 from msgspec import UNSET, UnsetType
@@ -25,13 +23,13 @@ from jmoe.server.answer.replies import (
 from jmoe.server.dialects.events import Arguments, CallEnd, CallStart, Event, PlainText
 from jmoe.server.request.tools import ToolUse
 
-ALPHABET = string.ascii_letters + string.digits
 
+def call_id(tools: ToolUse, start: CallStart, number: int) -> str:
+    """Returns the id of a call: the model's own, or a new one in the form that its template takes.
 
-def call_id() -> str:
-    """Returns nine letters and digits: some models' templates demand exactly this of the ids in a
-    conversation."""
-    return "".join(secrets.choice(ALPHABET) for _ in range(9))
+    number: number of calls in the answer before it.
+    """
+    return start.id or tools.new_id(start.name, number)
 
 
 class CallsAnswer:
@@ -42,7 +40,7 @@ class CallsAnswer:
     """
 
     def __init__(self, tools: ToolUse):
-        self.reader = tools.reader()
+        self.tools, self.reader = tools, tools.reader()
         self.num_calls, self.has_called = 0, False
 
     def delta(self, output: Output) -> Delta:
@@ -54,7 +52,7 @@ class CallsAnswer:
                     text += event.text
                 case CallStart():
                     piece = self._piece(event.name)
-                    piece.id, piece.type = call_id(), "function"
+                    piece.id, piece.type = call_id(self.tools, event, self.num_calls - 1), "function"
                     calls.append(piece)
                 case Arguments():
                     if not calls:
@@ -74,7 +72,8 @@ class CallsAnswer:
                 case PlainText():
                     text += event.text
                 case CallStart():
-                    calls.append(Call(call_id(), "function", FunctionCall(event.name, "")))
+                    id = call_id(self.tools, event, self.num_calls - 1)
+                    calls.append(Call(id, "function", FunctionCall(event.name, "")))
                 case Arguments():
                     calls[-1].function.arguments += event.text
         return AnswerMessage(

@@ -30,7 +30,7 @@ from jmoe.server.answer.replies import (
 
 
 class ChatFormat:
-    """An ``AnswerFormat``."""
+    """A ``ChunkFormat``."""
 
     def __init__(self, fields: ChoiceFields):
         self.fields = fields

@@ -43,7 +43,7 @@ class Offsets:
 
 
 class CompletionFormat:
-    """An ``AnswerFormat``. Choices are prompt-major: choice i continues prompt i // ``fields.n``.
+    """A ``ChunkFormat``. Choices are prompt-major: choice i continues prompt i // ``fields.n``.
 
     An echoed prompt precedes the first increment's text; its log-probabilities precede the first token's.
     """

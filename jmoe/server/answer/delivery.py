@@ -12,16 +12,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from jmoe.engine.request import Output, Request
-from jmoe.server.answer.formats import AnswerFormat, Chunk, Whole
+from jmoe.server.answer.formats import AnswerFormat, StreamEvent
 from jmoe.server.answer.generation import ClientLeft, Generation, unless_client_leaves
 from jmoe.server.answer.pieces import PiecesResponse, encoded, joined
-from jmoe.server.answer.replies import Head, MoEUse, PromptDetails, Usage
+from jmoe.server.answer.replies import AnswerDetails, Head, MoEUse, PromptDetails, Usage
 from jmoe.server.errors import ApiError, json_response
 from jmoe.server.request.prompts import Prompt
-from jmoe.server.request.schema import StreamOptions
 
 log = logging.getLogger(__name__)
-DONE = b"data: [DONE]\n\n"
 HEAVY = 2000  # more log-probability entries than this are formatted on a thread: it takes some milliseconds
 
 
@@ -35,11 +33,12 @@ class UsageCounter:
         self.prompt_tokens = sum(len(p.token_ids) for p in prompts)
         n = len(requests) // len(prompts)
         self.requests = [requests[i : i + n] for i in range(0, len(requests), n)]
-        self.completion_tokens = 0
+        self.completion_tokens = self.thought_tokens = 0
         self.moe: dict[str, int] = {}
 
     def add(self, output: Output) -> None:
         self.completion_tokens += len(output.token_ids)
+        self.thought_tokens += output.num_thought_tokens
         if output.moe is not None:
             for name, count in asdict(output.moe).items():
                 self.moe[name] = self.moe.get(name, 0) + count
@@ -52,6 +51,9 @@ class UsageCounter:
             completion_tokens=self.completion_tokens,
             total_tokens=self.prompt_tokens + self.completion_tokens,
             prompt_tokens_details=PromptDetails(self._cached_tokens()),
+            completion_tokens_details=AnswerDetails(self.thought_tokens)
+            if self.thought_tokens
+            else msgspec.UNSET,
             moe=MoEUse(**self.moe) if self.moe else msgspec.UNSET,
         )
 
@@ -84,8 +86,17 @@ class Answer:
         return entries > HEAVY
 
 
-def encoded_event(content: msgspec.Struct) -> bytes:
-    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+def encoded_event(event: StreamEvent) -> bytes:
+    return _opening(event) + msgspec.json.encode(event.data) + b"\n\n"
+
+
+def event_parts(event: StreamEvent) -> list[bytes]:
+    """Encodes an event whose data is long."""
+    return list(joined([_opening(event), *encoded(event.data), b"\n\n"]))
+
+
+def _opening(event: StreamEvent) -> bytes:
+    return b"data: " if event.name is None else b"event: " + event.name.encode() + b"\ndata: "
 
 
 async def whole_answer(request: HttpRequest, answer: Answer) -> Response:
@@ -98,7 +109,7 @@ async def whole_answer(request: HttpRequest, answer: Answer) -> Response:
             choices[index].append(output)
             counter.add(output)
 
-    def whole() -> Whole:
+    def whole() -> msgspec.Struct:
         return answer.form.whole(answer.head, choices, counter.usage())
 
     try:
@@ -113,43 +124,39 @@ async def whole_answer(request: HttpRequest, answer: Answer) -> Response:
     return json_response(whole())
 
 
-async def stream_events(answer: Answer, options: StreamOptions | None) -> AsyncIterator[bytes]:
-    """Yields the events of a streamed answer, ``[DONE]`` last. A failure is an event: the status is already
-    sent."""
+async def stream_events(answer: Answer) -> AsyncIterator[bytes]:
+    """Yields the events of a streamed answer. A failure is an event: the status is already sent."""
     form, counter, head = answer.form, answer.counter, answer.head
-    with_usage = bool(options and options.include_usage)
-    in_each = bool(with_usage and options and options.continuous_usage_stats)
-
-    def counted(chunk: Chunk, is_counted: bool = in_each) -> Chunk:
-        """Returns the chunk with its usage. If usage was requested, it is null in a chunk that does not count
-        it."""
-        if with_usage:
-            chunk.usage = counter.usage() if is_counted else None
-        return chunk
 
     def parts(index: int, output: Output) -> list[bytes]:
-        return list(joined([b"data: ", *encoded(counted(form.chunk(head, index, output))), b"\n\n"]))
+        events = form.increment(head, index, output, counter.usage)
+        return [part for event in events for part in event_parts(event)]
 
     try:
-        for chunk in form.opening(head):
-            yield encoded_event(counted(chunk))
+        for event in form.opening(head, counter.usage):
+            yield encoded_event(event)
         async for index, output in answer.generation.outputs():
             counter.add(output)
             if answer.is_heavy(len(output.token_ids), len(output.prompt_logprobs or ())):
                 for part in await answer.in_thread(parts, index, output):
                     yield part
             else:
-                yield encoded_event(counted(form.chunk(head, index, output)))
-        if with_usage:
-            yield encoded_event(counted(form.closing(head), is_counted=True))
+                for event in form.increment(head, index, output, counter.usage):
+                    yield encoded_event(event)
+        for event in form.closing(head, counter.usage):
+            yield encoded_event(event)
     except (asyncio.CancelledError, GeneratorExit):
         raise
     except ApiError as error:
-        yield encoded_event(error.envelope())
+        for event in form.failure(head, error, counter.usage):
+            yield encoded_event(event)
     except BaseException:  # a panic of a Rust library is not an Exception
         log.exception("a stream failed: %s", head.id)
-        yield encoded_event(ApiError(500, f"internal error (request {head.id})").envelope())
-    yield DONE
+        error = ApiError(500, f"internal error (request {head.id})")
+        for event in form.failure(head, error, counter.usage):
+            yield encoded_event(event)
+    if form.end:
+        yield form.end
 
 
 class EventStream(Response):

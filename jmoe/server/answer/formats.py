@@ -1,27 +1,19 @@
 """The common parts of the formats of answers: their protocol, and the fields that every choice may have."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Struct, UnsetType
 
 from jmoe.engine.request import Output
 from jmoe.engine.text.codec import TextCodec
 from jmoe.server.answer.logprobs import prompt_logprobs
-from jmoe.server.answer.replies import (
-    ChatCompletion,
-    ChatCompletionChunk,
-    Completion,
-    FinishReason,
-    Head,
-    PromptLogprobs,
-    Usage,
-)
+from jmoe.server.answer.replies import FinishReason, Head, PromptLogprobs, Usage
+from jmoe.server.errors import ApiError
 
 Outputs = Sequence[Output]  # increments of one choice, in their order
-Chunk = Completion | ChatCompletionChunk
-Whole = Completion | ChatCompletion
+CountTokens = Callable[[], Usage]
 
 
 @dataclass(frozen=True)
@@ -45,19 +37,40 @@ class ChoiceFields:
     shows_special: bool = False
 
 
-class AnswerFormat(Protocol):
-    """The way in which an answer is written.
+@dataclass(frozen=True)
+class StreamEvent:
+    """One server-sent event.
 
-    opening: returns the chunks to stream before any token.
-    chunk: returns a stream's chunk with one increment of choice ``index``.
-    closing: returns the chunk without choices that may end a stream.
-    whole: returns the answer made of all increments of each choice.
+    data: JSON object of the event.
+    name: name of the event; None = it has only data.
     """
 
-    def opening(self, head: Head) -> Sequence[Chunk]: ...
-    def chunk(self, head: Head, index: int, output: Output) -> Chunk: ...
-    def closing(self, head: Head) -> Chunk: ...
-    def whole(self, head: Head, choices: Sequence[Outputs], usage: Usage) -> Whole: ...
+    data: Struct
+    name: str | None = None
+
+
+class AnswerFormat(Protocol):
+    """The way in which an answer is written, whole or as a stream of events.
+
+    end: bytes after the last event of every stream.
+    opening: returns the events before any token.
+    increment: returns the events of one increment of choice ``index``.
+    closing: returns the events after the last increment of all choices.
+    failure: returns the events after which a stream ends early.
+    whole: returns the answer made of all increments of each choice.
+
+    ``usage`` returns the token counts so far.
+    """
+
+    end: bytes
+
+    def opening(self, head: Head, usage: CountTokens) -> Sequence[StreamEvent]: ...
+    def increment(
+        self, head: Head, index: int, output: Output, usage: CountTokens
+    ) -> Sequence[StreamEvent]: ...
+    def closing(self, head: Head, usage: CountTokens) -> Sequence[StreamEvent]: ...
+    def failure(self, head: Head, error: ApiError, usage: CountTokens) -> Sequence[StreamEvent]: ...
+    def whole(self, head: Head, choices: Sequence[Outputs], usage: Usage) -> Struct: ...
 
 
 def answer_text(outputs: Outputs) -> str:

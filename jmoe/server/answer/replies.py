@@ -25,6 +25,12 @@ class PromptDetails(Strict):
     cached_tokens: Count
 
 
+class AnswerDetails(Strict):
+    """reasoning_tokens: number of answer tokens that are thoughts."""
+
+    reasoning_tokens: Count
+
+
 class Usage(Strict):
     """The tokens of a request.
 
@@ -32,6 +38,7 @@ class Usage(Strict):
     completion_tokens: number of tokens of all answers.
     total_tokens: sum of both.
     prompt_tokens_details: prompt tokens in the prefix cache.
+    completion_tokens_details: answer tokens that are thoughts; absent if there are none.
     moe: assignments, and those that lossy techniques changed; absent without such techniques.
     """
 
@@ -39,6 +46,7 @@ class Usage(Strict):
     completion_tokens: Count
     total_tokens: Count
     prompt_tokens_details: PromptDetails
+    completion_tokens_details: AnswerDetails | UnsetType = UNSET
     moe: MoEUse | UnsetType = UNSET
 
 
@@ -314,13 +322,16 @@ class Version(Strict):
 
 
 class Model(Strict):
-    """The served model.
+    """A name of the served model, for clients of OpenAI and of Anthropic.
 
     id: name that requests use.
     object: type of the entry.
     created: time of the server's start, in seconds since 1970.
     owned_by: name of the server.
     max_model_len: longest context, in tokens.
+    type: type of the entry, as Anthropic names it.
+    display_name: name that requests use.
+    created_at: time of the server's start (RFC 3339).
     """
 
     id: str
@@ -328,11 +339,26 @@ class Model(Strict):
     created: int
     owned_by: str
     max_model_len: Count
+    type: Literal["model"]
+    display_name: str
+    created_at: str
 
 
 class Models(Strict):
+    """All names of the served model.
+
+    object: type of the answer.
+    data: one entry per name.
+    has_more: always false.
+    first_id: name of the first entry.
+    last_id: name of the last entry.
+    """
+
     object: Literal["list"]
     data: list[Model]
+    has_more: Literal[False]
+    first_id: str
+    last_id: str
 
 
 class PhaseStats(Struct):

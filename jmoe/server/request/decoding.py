@@ -10,6 +10,7 @@ from msgspec import inspect
 
 from jmoe.server.errors import ApiError, invalid
 from jmoe.server.request.bounds import check_json
+from jmoe.server.request.fields.base import WithSource
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 _PLACE = re.compile(r"(?P<what>.*) - at `\$\.?(?P<path>.*)`", re.DOTALL)
@@ -26,7 +27,7 @@ def decode(raw: bytes, kind: type[Body]) -> Body:
         _keep_source(body, raw)
         return body
     except msgspec.ValidationError as error:
-        raise _bad_field(str(error)) from None
+        raise bad_field(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         cause = "nested too deeply" if isinstance(error, RecursionError) else "not valid UTF-8"
         if isinstance(error, msgspec.DecodeError):
@@ -82,7 +83,8 @@ class _Conversation(msgspec.Struct):
 
 def _keep_source(body: msgspec.Struct, raw: bytes) -> None:
     """Stores in each message and tool of ``body`` the JSON object that it is decoded from."""
-    kept = [name for name in _Conversation.__struct_fields__ if getattr(body, name, None)]
+    values = {name: getattr(body, name, None) for name in _Conversation.__struct_fields__}
+    kept = [name for name, value in values.items() if value and isinstance(value[0], WithSource)]
     if kept:
         sources = msgspec.json.decode(raw, type=_Conversation)
         for name in kept:
@@ -96,11 +98,30 @@ def _lone_surrogate(raw: bytes) -> str | None:
     return "a \\u escape is half of a surrogate pair" if alone else None
 
 
-def _bad_field(text: str) -> ApiError:
+def unknown_fields(raw: bytes, kind: type[msgspec.Struct]) -> list[str]:
+    """Returns the names of the body's fields that ``kind`` does not have."""
+    names = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+    return [name for name in names if name not in kind.__struct_encode_fields__]
+
+
+def converted(value: Any, kind: type[Body], where: str) -> Body:
+    """Returns JSON ``value`` as ``kind``; a 400 names the field after ``where``."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise bad_field(str(error), where) from None
+
+
+def bad_field(text: str, where: str = "") -> ApiError:
+    """Returns a 400 from a message of msgspec.
+
+    where: path of the value that the message's path begins at; "" = the body.
+    """
     if len(text) > 4096:  # a name may have megabytes; the path is at the end
         text = text[:2048] + text[-2048:]
     place = _PLACE.fullmatch(text)
     what, path = (place["what"], place["path"]) if place else (text, "")
+    path = ".".join(each for each in (where, path) if each).replace(".[", "[")
     field = _FIELD.fullmatch(what)
     if field is not None:
         path = f"{path}.{field[1]}" if path else field[1]

@@ -1,8 +1,9 @@
 """The form in which a request goes to the engine: one engine request for each answer."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Self
 
 from jmoe.engine.request import Output, Request, SamplingParams
 from jmoe.server.request.grammars import AnswerGrammar
@@ -32,6 +33,13 @@ class PreparedRequest:
     def grammar_field(self) -> str | None:
         """The body field that requests the grammar."""
         return None if self.grammar is None else self.grammar.param
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """Returns the same request with other names of the body's fields in errors."""
+        grammar = self.grammar
+        if grammar is not None:
+            grammar = replace(grammar, param=names.get(grammar.param, grammar.param))
+        return replace(self, grammar=grammar, prompt_field=names.get(self.prompt_field, self.prompt_field))
 
     def engine_requests(
         self,

@@ -1,5 +1,6 @@
 """Everything that does not generate: health, models, tokenizer, metrics, statistics."""
 
+from datetime import UTC, datetime
 from functools import partial
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -39,23 +40,27 @@ async def metrics(service: Service, request: Request) -> Response:
     return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
 
 
-def _model(service: Service) -> Model:
+def _model(service: Service, name: str) -> Model:
     return Model(
-        id=service.model,
+        id=name,
         object="model",
         created=service.start_time,
         owned_by="jmoe",
         max_model_len=service.facts.max_model_len,
+        type="model",
+        display_name=name,
+        created_at=datetime.fromtimestamp(service.start_time, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     )
 
 
 async def models(service: Service, request: Request) -> Response:
-    return json_response(Models("list", [_model(service)]))
+    entries = [_model(service, name) for name in service.models]
+    return json_response(Models("list", entries, False, entries[0].id, entries[-1].id))
 
 
 async def model(service: Service, request: Request) -> Response:
     service.check_model(request.path_params["id"])
-    return json_response(_model(service))
+    return json_response(_model(service, request.path_params["id"]))
 
 
 async def tokenize(service: Service, request: Request) -> Response:

@@ -10,10 +10,14 @@ from starlette.responses import Response
 
 from jmoe import __version__
 from jmoe.server.answer import replies
-from jmoe.server.errors import json_response
+from jmoe.server.answer.anthropic.replies import MessageEvent, MessageReply, TokenCount
+from jmoe.server.answer.responses.replies import Deleted, InputTokens, ResponseEvent, ResponseReply
+from jmoe.server.errors import AnthropicError, json_response
+from jmoe.server.request.apis.anthropic.fields import CountRequest, MessagesRequest
+from jmoe.server.request.apis.responses.fields import InputRequest, ResponsesRequest
 from jmoe.server.request.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from jmoe.server.route_record import EVENTS, JSON, Route
-from jmoe.server.routes import dashboard, generate, info
+from jmoe.server.routes import dashboard, generate, info, messages, responses
 from jmoe.server.routes.openapi import openapi_document
 from jmoe.server.service import Service
 
@@ -26,7 +30,7 @@ async def openapi(service: Service, request: Request) -> Response:
     """Returns the OpenAPI document. It stands in this file because it describes the routes, of which it is
     one."""
     with_key = service.settings.api_key is not None
-    make = partial(openapi_document, ROUTES, __version__, service.model, with_key=with_key)
+    make = partial(openapi_document, ROUTES, __version__, service.models, with_key=with_key)
     return json_response(await service.in_thread(make))
 
 
@@ -77,6 +81,35 @@ ROUTES: tuple[Route[Service], ...] = (
         {JSON: replies.ChatCompletion, EVENTS: replies.ChatCompletionChunk}, GENERATES,
         ChatRequest, {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8},
         operation="chat",
+    ),
+    Route(
+        "POST", "/v1/responses", responses.create_response, "Answer a conversation (OpenAI's Responses API)",
+        {JSON: ResponseReply, EVENTS: ResponseEvent}, GENERATES,
+        ResponsesRequest, {"input": "Hello", "max_output_tokens": 8},
+        operation="chat", has_named_events=True,
+    ),
+    Route(
+        "POST", "/v1/responses/input_tokens", responses.count_input, "Count the tokens of a prompt",
+        {JSON: InputTokens}, GENERATES, InputRequest, {"input": "Hello"},
+    ),
+    Route(
+        "GET", "/v1/responses/{id}", responses.get_response, "A stored answer",
+        {JSON: ResponseReply}, (404,),
+    ),
+    Route(
+        "DELETE", "/v1/responses/{id}", responses.delete_response, "Forget a stored answer",
+        {JSON: Deleted}, (404,),
+    ),
+    Route(
+        "POST", "/v1/messages", messages.create_message, "Answer a conversation (Anthropic's Messages API)",
+        {JSON: MessageReply, EVENTS: MessageEvent}, GENERATES,
+        MessagesRequest, {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8},
+        operation="chat", error=AnthropicError, has_named_events=True,
+    ),
+    Route(
+        "POST", "/v1/messages/count_tokens", messages.count_tokens, "Count the tokens of a prompt",
+        {JSON: TokenCount}, GENERATES,
+        CountRequest, {"messages": [{"role": "user", "content": "Hello"}]}, error=AnthropicError,
     ),
     Route(
         "POST", "/tokenize", info.tokenize, "Text to token ids", {JSON: replies.Tokens}, GENERATES,

@@ -47,7 +47,7 @@ class Origins(CORSMiddleware):
         super().__init__(
             app,
             allow_origins=origins,
-            allow_methods=("GET", "HEAD", "POST"),
+            allow_methods=("GET", "HEAD", "POST", "DELETE"),
             allow_headers=("*",),
             allow_private_network=True,
             expose_headers=("x-request-id", "retry-after"),
@@ -78,7 +78,8 @@ class Contained:
 
 
 class ApiKey:
-    """Admits requests with the key and requests of ``open_paths``, and denies all others.
+    """Admits requests with the key and requests of ``open_paths``, and denies all others. The key is in
+    ``Authorization: Bearer``, or in ``x-api-key`` as Anthropic's clients send it.
 
     It reads only ``scope["path"]``: headers could manipulate a URL rebuilt from them. It compares digests, in
     constant time, so that neither the key's length nor its beginning leaks.
@@ -95,8 +96,8 @@ class ApiKey:
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
         scheme, _, key = (_header(scope, b"authorization") or b"").partition(b" ")
-        matches = secrets.compare_digest(hashlib.sha256(key.strip()).digest(), self.digest)
-        if scheme.lower() == b"bearer" and matches:
+        sent = (key if scheme.lower() == b"bearer" else None, _header(scope, b"x-api-key"))
+        if any(self._is_right(each) for each in sent):
             return await self.app(scope, receive, send)
         error = ApiError(
             401,
@@ -105,6 +106,10 @@ class ApiKey:
             headers={"WWW-Authenticate": "Bearer"},
         )
         await error.response()(scope, receive, send)
+
+    def _is_right(self, key: bytes | None) -> bool:
+        matches = secrets.compare_digest(hashlib.sha256((key or b"").strip()).digest(), self.digest)
+        return matches and key is not None
 
 
 def _header(scope: Scope, name: bytes) -> bytes | None:

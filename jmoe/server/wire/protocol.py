@@ -21,7 +21,7 @@ from jmoe.server.settings import ServerSettings
 from jmoe.server.wire.connection_limit import SPARE_TIMEOUT, ConnectionLimit
 
 MAX_HEADERS = 100
-ALLOW = "GET, HEAD, POST, OPTIONS"  # all methods that the server answers
+ALLOW = "GET, HEAD, POST, DELETE, OPTIONS"  # all methods that the server answers
 _EMPTY_LINES = re.compile(rb"(?:\r?\n)+")
 _ABSOLUTE_TARGET = re.compile(rb"https?://(?P<host>[^/?#]+)", re.IGNORECASE)
 READ_BYTES = 8 * 1024  # bytes read from a connection at a time, so that it delays the others only shortly

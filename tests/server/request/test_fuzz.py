@@ -26,10 +26,13 @@ def post(client, path, body):
     assert 200 <= response.status_code < 500, (raw[:2000], response.text)
     if response.status_code != 200:
         assert response.headers["content-type"] == "application/json"
-        (error,) = response.json().values()
-        assert list(response.json()) == ["error"] and set(error) == {"message", "type", "param", "code"}
-        assert error["type"] == "invalid_request_error" and isinstance(error["message"], str)
-        assert all(isinstance(error[k], str | None) for k in ("param", "code"))
+        answer = response.json()
+        error, is_anthropic = answer["error"], path.startswith("/v1/messages")
+        assert set(answer) == ({"type", "error"} if is_anthropic else {"error"})
+        assert set(error) == ({"type", "message"} if is_anthropic else {"message", "type", "param", "code"})
+        assert error["type"] in ("invalid_request_error", "not_found_error")
+        assert isinstance(error["message"], str)
+        assert all(isinstance(error.get(k), str | None) for k in ("param", "code"))
     return response.status_code, response.text
 
 
@@ -55,7 +58,9 @@ def put(value):
     return lambda container, key: container.__setitem__(key, value)
 
 
-OURS = re.compile(r'cmpl-[0-9a-f]{32}|(?<="id":")[0-9A-Za-z]{9}(?=")|"created":[0-9]+')
+OURS = re.compile(
+    r'(cmpl-|resp_|msg_|rs_|fc_)[0-9a-f]{32}|(?<="id":")[0-9A-Za-z]{9}(?=")|"created(_at)?":[0-9]+'
+)
 NUMBERS = st.sampled_from([0, -1, 1, 2**31, 2**53 + 1, 2**63, -(2**63) - 1, 10**30, 0.5, -0.0, 1e308, 5e-324])
 LEAVES = (
     st.none() | st.booleans() | NUMBERS | st.text(max_size=6) | st.sampled_from(["", "\x00", "\ud800", "😀"])

@@ -5,7 +5,7 @@ import json
 import jsonschema
 import msgspec
 import pytest
-from support.server.answers import events
+from support.server.answers import events, named_events
 from support.server.bodies import BODIES
 from support.server.fake_engine import TEMPLATE, ByteCodec, FakeEngine, served
 
@@ -31,7 +31,7 @@ def document(client):
 
 
 def operation_of(document, path, method):
-    known = path if path in document["paths"] else "/v1/models/{id}"
+    known = path if path in document["paths"] else path.rpartition("/")[0] + "/{id}"
     return document["paths"][known][method.lower()]
 
 
@@ -80,6 +80,20 @@ def test_events_are_as_the_document_says(client, document, path):
         chunk.validate(event)
 
 
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_named_events_are_as_the_document_says(client, document, path):
+    route = next(route for route in ROUTES if route.path == path)
+    response = client.post(path, json=BODIES[path])
+    content = operation_of(document, path, "POST")["responses"]["200"]["content"]["text/event-stream"]
+    chunk = rooted(document, content["schema"]["properties"]["data"]["contentSchema"])
+    for event in named_events(response):
+        chunk.validate(event)
+        data = msgspec.json.encode(event)
+        assert msgspec.json.encode(msgspec.json.decode(data, type=route.answers[EVENTS])) == data
+    whole = client.post(path, json=BODIES[path] | {"stream": False}).content
+    assert msgspec.json.encode(msgspec.json.decode(whole, type=route.answers[JSON])) == whole
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", CHAT])
 def test_answers_are_the_structs_of_the_document(client, path):
     """An answer has the same bytes after it is read as the struct that the table names and written again."""
@@ -96,7 +110,7 @@ def test_answers_are_the_structs_of_the_document(client, path):
 
 @pytest.mark.parametrize("path", [
     "/live", "/ready", "/health", "/ping", "/version", "/metrics", "/moe/stats", "/openapi.json",
-    "/v1/models", "/v1/models/fake", "/v1/models/other",
+    "/v1/models", "/v1/models/fake", "/v1/models/other", "/v1/responses/other",
 ])  # fmt: skip
 def test_other_answers_are_as_the_document_says(client, document, path):
     check_answer(document, client.get(path))

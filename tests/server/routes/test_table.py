@@ -39,7 +39,8 @@ def test_the_facts_are_those_that_users_rely_on():
     assert probes == {"/live", "/ready", "/health", "/ping"}
     assert names("is_open").keys() == probes | {"/dashboard", "/moe"}
     assert names("is_quiet").keys() == probes | {"/metrics"}
-    assert names("operation") == {"/v1/completions": "text_completion", "/v1/chat/completions": "chat"}
+    chats = ("/v1/chat/completions", "/v1/responses", "/v1/messages")
+    assert names("operation") == {"/v1/completions": "text_completion", **dict.fromkeys(chats, "chat")}
     assert names("body").keys() == names("example").keys() == {r.path for r in ROUTES if r.method == "POST"}
     assert names("pattern").keys() - names("summary").keys() == {"/moe/events"}
     assert "/v1/models/{id}" in names("pattern")

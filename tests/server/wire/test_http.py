@@ -106,7 +106,7 @@ def test_an_absolute_target_opens_no_other_path(locked):
 
 def test_the_server_as_a_whole_has_options(port):
     raw = answers(port, get("*").replace(b"GET", b"OPTIONS"))
-    assert statuses(raw) == [204] and b"allow: GET, HEAD, POST, OPTIONS" in raw
+    assert statuses(raw) == [204] and b"allow: GET, HEAD, POST, DELETE, OPTIONS" in raw
     assert statuses(answers(port, get("*"))) == [404]
 
 
@@ -165,7 +165,7 @@ def test_a_slash_more_is_the_same_route():
 @pytest.mark.parametrize(("path", "near"), [
     ("/completions", PATH), ("/chat/completions", "/v1/chat/completions"), ("/models/", "/v1/models"),
     (f"/v1{PATH}", PATH), ("/openai/v1/chat/completions", "/v1/chat/completions"), ("/v1/health", "/health"),
-    ("/v1/responses", None), ("/", None), ("/v1", None), ("/docs", None),
+    ("/v1/embeddings", None), ("/", None), ("/v1", None), ("/docs", None),
 ])  # fmt: skip
 def test_a_wrong_base_url_is_reported(path, near):
     with served(FakeEngine(ByteCodec())) as client:
@@ -287,7 +287,7 @@ def test_scripts_of_allowed_pages_may_ask(origins):
         assert preflight.status_code == 200, "a browser sends no key with it"
         assert allowed(preflight) == {
             "origin": want,
-            "methods": "GET, HEAD, POST",
+            "methods": "GET, HEAD, POST, DELETE",
             "headers": PREFLIGHT["access-control-request-headers"],
         }
         assert "Origin" in preflight.headers["vary"]

@@ -21,3 +21,13 @@ def events(response):
     lines = [line for line in response.text.split("\n\n") if line]
     assert lines[-1] == "data: [DONE]" and all(line.startswith("data: ") for line in lines)
     return [json.loads(line[6:]) for line in lines[:-1]]
+
+
+def named_events(response):
+    """Returns the data of a stream of named events; asserts that each name is the data's type."""
+    made = []
+    for block in response.text.split("\n\n")[:-1]:
+        name, data = block.split("\n")
+        made.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {made[-1]['type']}"
+    return made

@@ -24,6 +24,34 @@ BODIES = {
         "tool_choice": "required", "parallel_tool_calls": False, "logprobs": True, "top_logprobs": 2,
         "chat_template_kwargs": {"a": 1},
     },
+    "/v1/responses": {
+        "model": "fake", "stream": True, "max_output_tokens": 3, "temperature": 0.5, "top_p": 0.5,
+        "store": True, "instructions": "be brief", "metadata": {"a": "b"},
+        "reasoning": {"effort": "low", "summary": "auto"},
+        "text": {"format": {"type": "json_schema", "name": "x", "schema": OBJECT}, "verbosity": "low"},
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+            {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "t"}]},
+            {"type": "function_call", "id": "fc_1", "call_id": "c", "name": "f", "arguments": '{"x": 1}'},
+            {"type": "function_call_output", "call_id": "c", "output": "1"},
+        ],
+    },
+    "/v1/responses/input_tokens": {"model": "fake", "input": "hi", "instructions": "be brief"},
+    "/v1/messages": {
+        "model": "fake", "stream": True, "max_tokens": 3, "temperature": 0.5, "top_p": 0.5, "top_k": 3,
+        "system": [{"type": "text", "text": "be brief"}], "stop_sequences": ["zz"],
+        "metadata": {"user_id": "u"},
+        "thinking": {"type": "enabled", "budget_tokens": 1024}, "output_config": {"effort": "low"},
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "hi", "cache_control": {}}]},
+            {"role": "assistant", "content": [
+                {"type": "thinking", "thinking": "t", "signature": "s"},
+                {"type": "tool_use", "id": "c", "name": "f", "input": {"x": 1}},
+            ]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "1"}]},
+        ],
+    },
+    "/v1/messages/count_tokens": {"model": "fake", "messages": [{"role": "user", "content": "hi"}]},
     "/tokenize": {"prompt": "ab", "model": "fake", "add_special_tokens": True, "return_token_strs": True},
     "/detokenize": {"tokens": [97, 98], "model": "fake"},
 }  # fmt: skip

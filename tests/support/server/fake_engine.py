@@ -200,7 +200,7 @@ class FakeEngine:
             return self._end(request, Output(request.id, prompt_logprobs=scores, finish_reason="length"))
         if done == self.fails_at:
             return self._end(request, Output(request.id, finish_reason="error", error="NaN logits"))
-        token = request.prompt_token_ids[done % len(request.prompt_token_ids)]
+        token = self._wanted(request, done)
         if request.constraint is not None:
             try:
                 token = self._allowed(request, token)
@@ -250,6 +250,10 @@ class FakeEngine:
         for listener in self.listeners:
             listener.finished(request, output.finish_reason)
         request.emit(output)
+
+    def _wanted(self, request, done):
+        """Returns the token at place ``done`` of an answer."""
+        return request.prompt_token_ids[done % len(request.prompt_token_ids)]
 
     @staticmethod
     def _allowed(request, token):

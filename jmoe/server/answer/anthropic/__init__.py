@@ -1,0 +1,1 @@
+"""The answers of Anthropic's Messages API."""

@@ -1,0 +1,1 @@
+"""The answers of OpenAI's Responses API, and the store of them."""

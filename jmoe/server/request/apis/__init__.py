@@ -1,0 +1,1 @@
+"""Bodies of other APIs, which become chat requests."""

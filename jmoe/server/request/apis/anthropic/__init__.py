@@ -1,0 +1,1 @@
+"""From a body of Anthropic's Messages API to a chat request."""

@@ -1,0 +1,1 @@
+"""From a body of OpenAI's Responses API to a chat request."""
