@@ -1,8 +1,8 @@
 """Models of the Hugging Face Hub: their ids, and their files in huggingface_hub's cache.
 
 Token, cache, endpoint and offline mode are those of huggingface_hub: ``HF_TOKEN`` or its login file,
-``HF_HOME``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``. It resumes a download that was cut. A repository's code is never
-fetched, nor are pickled weights.
+``HF_HOME``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``. It resumes a download that was cut. A repository's
+code is never fetched, nor are pickled weights.
 """
 
 import contextlib

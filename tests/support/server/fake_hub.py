@@ -41,13 +41,8 @@ class FakeHub:
 
     def fetched(self) -> set[str]:
         """Returns the files of which a part was downloaded."""
-        return {
-            path.split("/resolve/")[1].split("/", 1)[1] for m, path, _ in self.asked if self._is_file(m, path)
-        }
-
-    @staticmethod
-    def _is_file(method: str, path: str) -> bool:
-        return method == "GET" and "/resolve/" in path
+        paths = [path for method, path, _ in self.asked if method == "GET" and "/resolve/" in path]
+        return {path.split("/resolve/")[1].split("/", 1)[1] for path in paths}
 
 
 @contextmanager
