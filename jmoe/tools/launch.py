@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -138,6 +137,8 @@ class Launch:
 
     def run(self) -> int:
         """Runs the agent with this terminal; returns its exit code. Ctrl-C is the agent's."""
+        import subprocess  # not for ``--help``, which needs the table alone
+
         own = {name: value for name, value in os.environ.items() if name not in self.removed}
         with subprocess.Popen(self.words, env=own | dict(self.variables)) as process:
             while True:

@@ -1,8 +1,10 @@
 """Tests ``jmoe chat`` against a scripted server: what is sent, what is shown, and what Ctrl-C leaves."""
 
+import contextlib
 import io
 import os
 import pty
+import select
 import subprocess
 import sys
 import time
@@ -20,6 +22,18 @@ CALL = [
     {"tool_calls": [{"index": 0, "function": {"arguments": '{"a": '}}]},
     {"tool_calls": [{"index": 0, "function": {"arguments": "1}"}}]},
 ]
+ON_TERMINAL = (
+    "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    "from jmoe.cli.main import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+@contextlib.contextmanager
+def _killed(process):
+    try:
+        yield
+    finally:
+        process.kill()
 
 
 @pytest.fixture
@@ -96,17 +110,21 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(script):
     """A whole ``jmoe chat`` on a terminal of its own."""
     script.answers += [[{"content": "so far"}, None], [{"content": "the end"}]]
     terminal, inner = pty.openpty()
-    words = [sys.executable, "-m", "jmoe.cli", "chat", script.url, "--api-key", "key"]
+    words = [sys.executable, "-c", ON_TERMINAL, "chat", script.url, "--api-key", "key"]
     environment = os.environ | {"TERM": "dumb", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with subprocess.Popen(
-        words, stdin=inner, stdout=inner, stderr=inner, env=environment, preexec_fn=_own_terminal
-    ) as process:
+    with (
+        subprocess.Popen(
+            words, stdin=inner, stdout=inner, stderr=inner, env=environment, start_new_session=True
+        ) as process,
+        _killed(process),
+    ):
         os.close(inner)
         shown = ""
 
         def until(text: str) -> None:
             nonlocal shown
             while text not in shown:
+                assert select.select([terminal], [], [], 20)[0], f"{text!r} is missing after {shown!r}"
                 shown += os.read(terminal, 1000).decode()
             shown = shown.partition(text)[2]
 
@@ -119,19 +137,12 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(script):
         until("> ")
         os.write(terminal, b"second\n")
         until("the end")
+        until("> ")
         os.write(terminal, b"\x04")
         assert process.wait(20) == 0
     os.close(terminal)
     texts = [turn["content"] for turn in script.bodies[1]["messages"]]
     assert texts == ["first", "so far", "second"] and set(script.keys) == {"Bearer key"}
-
-
-def _own_terminal() -> None:
-    import fcntl
-    import termios
-
-    os.setsid()
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def test_the_command_in_a_pipe(script, capsys, monkeypatch):
@@ -156,7 +167,7 @@ def test_the_command_in_a_pipe(script, capsys, monkeypatch):
             "--dtype is for a model that is started here, and http://x runs",
         ),
         (["tiny", "--api-key", "k"], "--api-key is for the server at a URL, and 'tiny' is not one"),
-        (["./no/such"], "'./no/such' is not a directory"),
+        (["./no/such"], "'no/such' is not a directory"),
     ],
 )
 def test_refusals_are_one_line(capsys, argv, message):
