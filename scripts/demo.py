@@ -1,4 +1,5 @@
-"""Serves the bundled model, sends it a question, and prints the streamed answer and the experts' use."""
+"""Serves the bundled model, sends it a question, and prints the streamed answer, the experts' use, and an answer
+in a required form."""
 
 import json
 import subprocess
@@ -6,11 +7,23 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from typing import Any
 
 from shared.server_process import free_port
 
 QUESTION = "Hi, I would like to see a movie tonight. Can you help me book tickets?"
-WIDTH = 40
+REQUEST = "I want to book 2 tickets for the movie at 7 in the evening."
+ORDER = {
+    "type": "object",
+    "properties": {
+        "what": {"enum": ["movie", "restaurant", "hotel", "bus"]},
+        "tickets": {"type": "integer", "minimum": 1, "maximum": 9},
+        "time": {"type": "string", "pattern": "^[0-9]{1,2}:[0-9]{2} (am|pm)$"},
+        "is_certain": {"type": "boolean"},
+    },
+    "required": ["what", "tickets", "time", "is_certain"],
+    "additionalProperties": False,
+}
 
 
 def wait_ready(base: str, server: subprocess.Popen, seconds: float = 300) -> None:
@@ -26,8 +39,8 @@ def wait_ready(base: str, server: subprocess.Popen, seconds: float = 300) -> Non
     raise SystemExit(f"the server was not ready after {seconds:.0f} s")
 
 
-def ask(base: str, question: str) -> None:
-    """Prints a chat answer as its pieces arrive, then its token counts."""
+def ask(base: str, question: str, **fields: Any) -> str:
+    """Prints a chat answer as its pieces arrive, then its token counts; returns its text."""
     body = {
         "messages": [{"role": "user", "content": question}],
         "max_tokens": 60,
@@ -37,9 +50,12 @@ def ask(base: str, question: str) -> None:
         "stream_options": {"include_usage": True},
     }
     request = urllib.request.Request(
-        f"{base}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{base}/v1/chat/completions",
+        json.dumps(body | fields).encode(),
+        {"Content-Type": "application/json"},
     )
     print(f"user: {question}\nassistant:", end="", flush=True)
+    text = ""
     with urllib.request.urlopen(request) as answer:
         for line in answer:
             data = line.decode().removeprefix("data: ").strip()
@@ -47,9 +63,20 @@ def ask(base: str, question: str) -> None:
                 continue
             event = json.loads(data)
             for choice in event["choices"]:
-                print(choice["delta"].get("content", ""), end="", flush=True)
+                piece = choice["delta"].get("content") or ""
+                text += piece
+                print(piece, end="", flush=True)
             if event.get("usage"):
                 print(f"\n\nusage: {event['usage']}")
+    return text
+
+
+def order(base: str) -> None:
+    """Prints an answer whose form a JSON schema requires, and its fields as a program reads them."""
+    print("\nthe same model, with a JSON schema that its answer must follow (response_format):")
+    form = {"type": "json_schema", "json_schema": {"name": "order", "schema": ORDER, "strict": True}}
+    answer = json.loads(ask(base, REQUEST, response_format=form, temperature=0))
+    print("as a program reads it: " + ", ".join(f"{name} = {value!r}" for name, value in answer.items()))
 
 
 def show_experts(base: str) -> None:
@@ -79,6 +106,7 @@ def main() -> None:
         wait_ready(base, server)
         ask(base, " ".join(sys.argv[1:]) or QUESTION)
         show_experts(base)
+        order(base)
     finally:
         server.terminate()
         server.wait(timeout=60)
