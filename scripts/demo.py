@@ -1,5 +1,4 @@
-"""Serves the bundled model, sends it a question, and prints the streamed answer, the experts' use, and an answer
-in a required form."""
+"""Serves the bundled model, asks it, and prints a streamed answer, the experts' use, and one as JSON."""
 
 import json
 import subprocess
@@ -7,21 +6,18 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from typing import Any
 
 from shared.server_process import free_port
 
 QUESTION = "Hi, I would like to see a movie tonight. Can you help me book tickets?"
-REQUEST = "I want to book 2 tickets for the movie at 7 in the evening."
 ORDER = {
     "type": "object",
     "properties": {
-        "what": {"enum": ["movie", "restaurant", "hotel", "bus"]},
+        "intent": {"enum": ["book movie tickets", "reserve a table", "order a taxi"]},
         "tickets": {"type": "integer", "minimum": 1, "maximum": 9},
-        "time": {"type": "string", "pattern": "^[0-9]{1,2}:[0-9]{2} (am|pm)$"},
-        "is_certain": {"type": "boolean"},
+        "evening": {"type": "boolean"},
     },
-    "required": ["what", "tickets", "time", "is_certain"],
+    "required": ["intent", "tickets", "evening"],
     "additionalProperties": False,
 }
 
@@ -39,8 +35,8 @@ def wait_ready(base: str, server: subprocess.Popen, seconds: float = 300) -> Non
     raise SystemExit(f"the server was not ready after {seconds:.0f} s")
 
 
-def ask(base: str, question: str, **fields: Any) -> str:
-    """Prints a chat answer as its pieces arrive, then its token counts; returns its text."""
+def ask(base: str, question: str) -> None:
+    """Prints a chat answer as its pieces arrive, then its token counts."""
     body = {
         "messages": [{"role": "user", "content": question}],
         "max_tokens": 60,
@@ -50,12 +46,9 @@ def ask(base: str, question: str, **fields: Any) -> str:
         "stream_options": {"include_usage": True},
     }
     request = urllib.request.Request(
-        f"{base}/v1/chat/completions",
-        json.dumps(body | fields).encode(),
-        {"Content-Type": "application/json"},
+        f"{base}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     print(f"user: {question}\nassistant:", end="", flush=True)
-    text = ""
     with urllib.request.urlopen(request) as answer:
         for line in answer:
             data = line.decode().removeprefix("data: ").strip()
@@ -63,20 +56,9 @@ def ask(base: str, question: str, **fields: Any) -> str:
                 continue
             event = json.loads(data)
             for choice in event["choices"]:
-                piece = choice["delta"].get("content") or ""
-                text += piece
-                print(piece, end="", flush=True)
+                print(choice["delta"].get("content", ""), end="", flush=True)
             if event.get("usage"):
                 print(f"\n\nusage: {event['usage']}")
-    return text
-
-
-def order(base: str) -> None:
-    """Prints an answer whose form a JSON schema requires, and its fields as a program reads them."""
-    print("\nthe same model, with a JSON schema that its answer must follow (response_format):")
-    form = {"type": "json_schema", "json_schema": {"name": "order", "schema": ORDER, "strict": True}}
-    answer = json.loads(ask(base, REQUEST, response_format=form, temperature=0))
-    print("as a program reads it: " + ", ".join(f"{name} = {value!r}" for name, value in answer.items()))
 
 
 def show_experts(base: str) -> None:
@@ -95,6 +77,23 @@ def show_experts(base: str) -> None:
         print(f"  layer {i}: |{bars}| {active:.1f} experts a decode step, busiest {most} of {sum(counts)}")
 
 
+def show_order(base: str, question: str) -> None:
+    """Prints the answer to the question in the form of a JSON schema, as a program reads it."""
+    body = {
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": 400,  # more than the longest JSON of this schema
+        "temperature": 0,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "order", "schema": ORDER}},
+    }
+    request = urllib.request.Request(
+        f"{base}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        (choice,) = json.load(answer)["choices"]
+    print("\nthe same question, answered in the form of a JSON schema (response_format), for a program:")
+    print(f"user: {question}\nassistant: {json.dumps(json.loads(choice['message']['content']))}")
+
+
 def main() -> None:
     port = free_port()
     base = f"http://127.0.0.1:{port}"
@@ -104,9 +103,10 @@ def main() -> None:
     )
     try:
         wait_ready(base, server)
-        ask(base, " ".join(sys.argv[1:]) or QUESTION)
+        question = " ".join(sys.argv[1:]) or QUESTION
+        ask(base, question)
         show_experts(base)
-        order(base)
+        show_order(base, question)
     finally:
         server.terminate()
         server.wait(timeout=60)
