@@ -1,7 +1,7 @@
 """Models of the Hugging Face Hub: their ids, and their files in huggingface_hub's cache.
 
-Token, cache, endpoint and offline mode are those of huggingface_hub: ``HF_TOKEN`` or its login file,
-``HF_HOME``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``. It resumes a download that was cut. A repository's
+Token, cache, endpoint and offline mode are those of huggingface_hub: HF_TOKEN or its login file, HF_HOME,
+HF_ENDPOINT, HF_HUB_OFFLINE. It resumes a download that was cut. A repository's
 code is never fetched, nor are pickled weights.
 """
 
