@@ -1,4 +1,4 @@
-"""Serves the bundled model, sends it a question, and prints the streamed answer and the experts' use."""
+"""Serves the bundled model, asks it, and prints a streamed answer, the experts' use, and one as JSON."""
 
 import json
 import subprocess
@@ -10,7 +10,16 @@ import urllib.request
 from shared.server_process import free_port
 
 QUESTION = "Hi, I would like to see a movie tonight. Can you help me book tickets?"
-WIDTH = 40
+ORDER = {
+    "type": "object",
+    "properties": {
+        "intent": {"enum": ["book movie tickets", "reserve a table", "order a taxi"]},
+        "tickets": {"type": "integer", "minimum": 1, "maximum": 9},
+        "evening": {"type": "boolean"},
+    },
+    "required": ["intent", "tickets", "evening"],
+    "additionalProperties": False,
+}
 
 
 def wait_ready(base: str, server: subprocess.Popen, seconds: float = 300) -> None:
@@ -68,6 +77,23 @@ def show_experts(base: str) -> None:
         print(f"  layer {i}: |{bars}| {active:.1f} experts a decode step, busiest {most} of {sum(counts)}")
 
 
+def show_order(base: str, question: str) -> None:
+    """Prints the answer to the question in the form of a JSON schema, as a program reads it."""
+    body = {
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": 400,  # more than the longest JSON of this schema
+        "temperature": 0,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "order", "schema": ORDER}},
+    }
+    request = urllib.request.Request(
+        f"{base}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        (choice,) = json.load(answer)["choices"]
+    print("\nthe same question, answered in the form of a JSON schema (response_format), for a program:")
+    print(f"user: {question}\nassistant: {json.dumps(json.loads(choice['message']['content']))}")
+
+
 def main() -> None:
     port = free_port()
     base = f"http://127.0.0.1:{port}"
@@ -77,8 +103,10 @@ def main() -> None:
     )
     try:
         wait_ready(base, server)
-        ask(base, " ".join(sys.argv[1:]) or QUESTION)
+        question = " ".join(sys.argv[1:]) or QUESTION
+        ask(base, question)
         show_experts(base)
+        show_order(base, question)
     finally:
         server.terminate()
         server.wait(timeout=60)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets jmoe up in .venv and runs it on the bundled model: serves it, asks it something, shows the streamed
-# answer and what the experts did.
+# answer, what the experts did, and an answer in the form of a JSON schema.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv

@@ -25,6 +25,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     )
 )
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the real Hub
 os.environ["JAX_PLATFORMS"] = "cpu"  # also for the processes that tests start, whatever is installed
 
 import hypothesis

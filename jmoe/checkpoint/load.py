@@ -63,7 +63,7 @@ def check_source(model: ModelFiles) -> Source:
     path = source.path
     if not path.is_dir() and not is_gguf(path):
         what = "is a file; give its directory" if path.exists() else "is not a directory"
-        raise ValueError(f"{str(path)!r} {what} (nothing is ever downloaded: models are local folders)")
+        raise ValueError(f"{str(path)!r} {what}, and no model of the Hub is named so (ORG/NAME)")
     return source
 
 

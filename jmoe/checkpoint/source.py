@@ -99,6 +99,14 @@ class Directory:
 
 
 @dataclass(frozen=True)
+class WithoutWeights(Directory):
+    """A directory that may hold no weights, or not all of them yet: its configuration is read alone."""
+
+    def has_weights(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
 class GgufFile:
     """A GGUF file, the first one of a split model. Its headers are parsed once, when they are first needed.
 
@@ -167,7 +175,7 @@ def model_path(path: Path) -> Path:
     as it is. It raises ValueError for several GGUF models and nothing else."""
     if not path.is_dir() or is_converted(path) or Directory(path).has_weights():
         return path
-    found = sorted(each for each in path.iterdir() if is_gguf(each) and _is_first(each.name))
+    found = sorted(each for each in path.iterdir() if is_gguf(each) and is_first_part(each.name))
     if len(found) > 1 and not (path / CONFIG).exists():
         names = ", ".join(each.name for each in found[:3])
         raise ValueError(f"{path}: has {len(found)} GGUF models ({names} ...); give one of them")
@@ -179,6 +187,7 @@ def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == GGUF and path.is_file()
 
 
-def _is_first(name: str) -> bool:
+def is_first_part(name: str) -> bool:
+    """Returns whether a GGUF file of this name is a model, or the first part of a split one."""
     part = PART.fullmatch(name)
     return not PROJECTOR.fullmatch(name) and (part is None or part[2] == "00001")

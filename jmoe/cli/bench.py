@@ -7,7 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-from jmoe.cli.flags import Parser, add_command, add_json_flag, add_model_flags, integer, number, settings_from
+from jmoe.cli.flags import (
+    Parser,
+    add_command,
+    add_hub_flags,
+    add_json_flag,
+    add_model_flags,
+    found_model,
+    integer,
+    number,
+    settings_from,
+)
 from jmoe.config.choices import DTypeChoice
 from jmoe.config.reading import unique_json
 from jmoe.tools.progress import Bars, Tenths
@@ -91,7 +101,8 @@ def _serve_parser(p: Parser) -> None:
 
 
 def _layer_parser(p: Parser) -> None:
-    p.add_argument("model", metavar="MODEL", nargs="?", default="tiny", help="a directory or a TOML of sizes")
+    p.add_argument("model", metavar="MODEL", nargs="?", default="tiny", help="a model or a TOML of sizes")
+    add_hub_flags(p)
     p.add_argument("--batch-sizes", type=integer, nargs="+", metavar="B", default=[1, 4, 8, 16, 32, 64, 512])
     p.add_argument("--active", type=integer, nargs="+", metavar="E", default=[], help="confine experts, too")
     p.add_argument("--layers", type=integer, metavar="N", default=4, help="layers of weights taken in turn")
@@ -147,16 +158,18 @@ def run_throughput(args: argparse.Namespace) -> int:
     from jmoe.tools.bench.offline import bench_throughput
 
     options = _options(args)
+    settings, model = settings_from(vars(args)), found_model(vars(args))
     with Bars() as bars:
         report = bench_throughput(
-            getattr(args, "model", "tiny"),
-            settings_from(vars(args)),
+            model.path,
+            settings,
             options.load(),
             LengthLimits(options.max_input_len, options.max_output_len),
             args.num_iters,
             options.seed,
             bars,
         )
+    report |= model.report
     if hasattr(args, "json"):
         print(json.dumps(report))
         return 0
@@ -178,11 +191,11 @@ def run_latency(args: argparse.Namespace) -> int:
     from jmoe.tools.bench.offline import bench_latency
 
     load = synthetic(args.batch_size, args.input_len, args.output_len, float("inf"), 1.0, 0)
+    settings = settings_from(vars(args) | {"max_num_seqs": args.batch_size})
+    model = found_model(vars(args))
     with Bars() as bars:
-        settings = settings_from(vars(args) | {"max_num_seqs": args.batch_size})
-        model = getattr(args, "model", "tiny")
-        report = bench_latency(model, settings, load, args.num_iters, args.seed, bars)
-    report |= {"input_len": args.input_len, "output_len": args.output_len}
+        report = bench_latency(model.path, settings, load, args.num_iters, args.seed, bars)
+    report |= {"input_len": args.input_len, "output_len": args.output_len} | model.report
     if hasattr(args, "json"):
         print(json.dumps(report))
         return 0
@@ -201,9 +214,11 @@ def run_latency(args: argparse.Namespace) -> int:
 def run_moe_layer(args: argparse.Namespace) -> int:
     from jmoe.tools.bench.moe_layer import bench_moe_layer
 
+    is_file = args.model.endswith(".toml")
+    model = None if is_file else found_model(vars(args), weights=False)
     with Bars() as bars:
         report = bench_moe_layer(
-            args.model,
+            args.model if model is None else model.files,
             batch_sizes=args.batch_sizes,
             active=args.active,
             layers=args.layers,
@@ -211,6 +226,7 @@ def run_moe_layer(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             progress=bars,
         )
+    report |= {} if model is None else model.report
     if hasattr(args, "json"):
         print(json.dumps(report))
         return 0

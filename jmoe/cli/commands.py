@@ -9,9 +9,11 @@ from typing import Any, get_args
 from jmoe.cli.flags import (
     add_chat_flags,
     add_command,
+    add_hub_flags,
     add_json_flag,
     add_model_flags,
     add_quantization_flags,
+    found_model,
     integer,
     number,
     settings_from,
@@ -77,7 +79,8 @@ def add_doctor(commands: Any) -> None:
 
 def add_convert(commands: Any) -> None:
     p = add_command(commands, "convert", run_convert, "HF safetensors -> sharded Orbax checkpoint")
-    p.add_argument("hf_dir", metavar="HF_DIR", type=Path)
+    p.add_argument("hf_dir", metavar="HF_DIR", help="a directory, or ORG/NAME of the Hugging Face Hub")
+    add_hub_flags(p)
     p.add_argument("out_dir", metavar="OUT_DIR", type=Path)
     p.add_argument("--dtype", choices=get_args(DTypeChoice), default="auto")
     add_quantization_flags(p)
@@ -98,13 +101,13 @@ def run_generate(args: argparse.Namespace) -> int:
     # few shapes: a command that runs once mostly waits for the start
     shapes = {"max_num_seqs": min(len(prompts), 32), "max_num_batched_tokens": 256}
     settings = settings_from(vars(args) | shapes)
-    model = getattr(args, "model", "tiny")
+    model = found_model(vars(args))
     with Bars() as bars:
         if not hasattr(args, "json"):
-            print_streamed(model, settings, prompts, params, bars, sys.stdout)
+            print_streamed(model.path, settings, prompts, params, bars, sys.stdout)
             return 0
-        report = generate(model, settings, prompts, params, bars)
-    print(json.dumps(report))
+        report = generate(model.path, settings, prompts, params, bars)
+    print(json.dumps(report | model.report))
     return 0
 
 
@@ -130,16 +133,18 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 def run_eval(args: argparse.Namespace) -> int:
     from jmoe.tools.evaluate import evaluate
 
+    settings, model = settings_from(vars(args)), found_model(vars(args))
     with Bars() as bars:
         report = evaluate(
-            getattr(args, "model", "tiny"),
+            model.path,
             args.data,
             mode=args.mode,
             batch_size=args.batch_size,
             max_tokens=args.max_tokens,
-            settings=settings_from(vars(args)),
+            settings=settings,
             progress=bars,
         )
+    report |= model.report
     if hasattr(args, "json"):
         print(json.dumps(report))
     else:
@@ -155,16 +160,18 @@ def run_eval(args: argparse.Namespace) -> int:
 def run_profile(args: argparse.Namespace) -> int:
     from jmoe.tools.profile import profile
 
+    settings, model = settings_from(vars(args)), found_model(vars(args))
     with Bars() as bars:
         report = profile(
-            getattr(args, "model", "tiny"),
+            model.path,
             args.data,
             args.out,
             batch_size=args.batch_size,
             max_tokens=args.max_tokens,
-            settings=settings_from(vars(args)),
+            settings=settings,
             progress=bars,
         )
+    report |= model.report
     if hasattr(args, "json"):
         print(json.dumps(report))
     else:
@@ -193,7 +200,8 @@ def run_convert(args: argparse.Namespace) -> int:
 
     method = getattr(args, "quantization", None)
     quantize = method and Quantize(method, getattr(args, "quantize", "all"))
-    convert(args.hf_dir, args.out_dir, dtype=args.dtype, quantize=quantize)
+    model = found_model({**vars(args), "model": args.hf_dir})
+    convert(model.path, args.out_dir, dtype=args.dtype, quantize=quantize)
     print(f"wrote {args.out_dir}")
     return 0
 
@@ -202,6 +210,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     from jmoe.tools.doctor import doctor, lines
 
     chat = {name: value for name, value in vars(args).items() if name in ("chat_template", "tool_format")}
-    report = doctor(getattr(args, "model", "tiny"), settings_from(vars(args)), **chat)
+    settings, model = settings_from(vars(args)), found_model(vars(args), weights=False)
+    report = doctor(model.files, settings, **chat) | model.report
     print(json.dumps(report) if hasattr(args, "json") else "\n".join(lines(report)))
     return 0

@@ -19,6 +19,7 @@ from jmoe.config.choices import (
 from jmoe.config.units import parse_size
 
 if TYPE_CHECKING:
+    from jmoe.engine.deployment.found import FoundModel
     from jmoe.engine.deployment.settings import EngineSettings
 
 
@@ -76,8 +77,9 @@ def add_command(commands: Any, name: str, run: Any, text: str) -> Parser:
 def add_model_flags(p: Parser) -> None:
     """Adds the flags of every command that runs a model; absent ones keep the defaults of
     ``EngineSettings``."""
-    what = "tiny (bundled, the default), a directory or a GGUF file"
+    what = "tiny (bundled, the default), a directory, a GGUF file, or ORG/NAME of the Hugging Face Hub"
     p.add_argument("model", metavar="MODEL", nargs="?", help=what)
+    add_hub_flags(p)
     p.add_argument("--max-model-len", type=integer, metavar="N", help="context length in tokens")
     p.add_argument("--dtype", choices=get_args(DTypeChoice))
     add_quantization_flags(p)
@@ -91,6 +93,12 @@ def add_model_flags(p: Parser) -> None:
     p.add_argument("--moe-config", metavar="JSON|F.toml", help="how the MoE layers run")
     p.add_argument("--kv-cache-dtype", choices=get_args(KVCacheName), help="keys and values in one byte")
     p.add_argument("--kv-memory", type=size, metavar="SIZE", help="KV cache on each rank, e.g. 2GiB")
+
+
+def add_hub_flags(p: Parser) -> None:
+    """Adds the flags that say which files of the Hub a model has, and where they are kept."""
+    p.add_argument("--revision", metavar="R", help="branch, tag or commit of a model of the Hub")
+    p.add_argument("--download-dir", metavar="D", help="cache of models of the Hub (default: HF_HOME's)")
 
 
 def add_quantization_flags(p: Parser) -> None:
@@ -177,6 +185,7 @@ def read_serve_config(path: Path) -> dict[str, Any]:
     values = read_toml(path)
     kinds = hints(EngineSettings) | hints(ServerSettings) | hints(Nodes)
     kinds |= {"log_format": Format, "log_level": Level, "model": str, "otlp_traces_endpoint": str}
+    kinds |= {"revision": str, "download_dir": str}
     flags = Parser(argument_default=argparse.SUPPRESS)
     add_model_flags(flags)
     add_serve_flags(flags)
@@ -212,6 +221,18 @@ def settings_from(values: dict[str, Any]) -> "EngineSettings":
     elif moe is not None:
         fields["moe"] = MoEConfig.from_dict(moe)
     return EngineSettings(**fields)
+
+
+def found_model(values: dict[str, Any], *, weights: bool = True) -> "FoundModel":
+    """Returns the files of the model that the parsed flags name; one of the Hub is fetched first. Call it
+    after ``settings_from``: a bad setting is then reported before a long download.
+
+    weights: see ``find_model``.
+    """
+    from jmoe.engine.deployment.found import find_model
+
+    model, revision = values.get("model", "tiny"), values.get("revision")
+    return find_model(model, revision, values.get("download_dir"), weights=weights)
 
 
 def given_settings(values: dict[str, Any]) -> str:

@@ -8,17 +8,23 @@ from collections.abc import Sequence
 
 from jmoe import __version__
 from jmoe.cli.bench import add_bench
+from jmoe.cli.chat import add_chat
 from jmoe.cli.commands import add_convert, add_doctor, add_eval, add_generate, add_place, add_profile
 from jmoe.cli.flags import Parser, reported
+from jmoe.cli.launch import add_launch, split_forwarded
 from jmoe.cli.serve import add_serve
 
 COMMANDS = (
-    add_serve, add_generate, add_eval, add_profile, add_place, add_bench, add_doctor, add_convert,
+    add_serve, add_chat, add_launch, add_generate, add_eval, add_profile, add_place, add_bench, add_doctor,
+    add_convert,
 )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    words, forwarded = split_forwarded(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(words)
+    if forwarded:
+        args.forwarded = forwarded
     return reported(lambda: args.run(args))
 
 

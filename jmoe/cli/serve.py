@@ -10,6 +10,7 @@ from jmoe.cli.flags import (
     add_command,
     add_model_flags,
     add_serve_flags,
+    found_model,
     given_settings,
     read_serve_config,
     reported,
@@ -52,7 +53,6 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
     import logging
 
     from jmoe.engine.build import build_engine
-    from jmoe.engine.deployment.settings import model_directory
     from jmoe.engine.processes.lockstep import lead
     from jmoe.engine.request import EngineDead
     from jmoe.engine.worker import EngineWorker
@@ -64,10 +64,11 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
     server = ServerSettings(**{f.name: values[f.name] for f in fields(ServerSettings) if f.name in values})
     tracer = make_tracer(values, next(iter(server.served_names), None))
     socket = bind(server.host, server.port)  # before the model is loaded: a port in use is reported at once
-    settings, model = settings_from(values), values.get("model", "tiny")
+    settings, name = settings_from(values), values.get("model", "tiny")
+    model = found_model(values)
     try:
         with Bars() as bars:
-            engine = lead(nodes, model, settings, bars) if nodes else build_engine(model, settings, bars)
+            engine = lead(nodes, model, settings, bars) if nodes else build_engine(model.path, settings, bars)
     except EngineDead as error:
         log.error("the model was not started: %s", error)
         return 1
@@ -79,7 +80,7 @@ def serve_model(values: dict[str, Any], nodes: "Nodes | None" = None) -> int:
     worker = EngineWorker(engine)
     worker.start()
     try:
-        return serve(worker, server, socket, model_directory(model), model, [tracer] if tracer else [])
+        return serve(worker, server, socket, model.path, name, [tracer] if tracer else [])
     finally:
         if tracer:
             tracer.close()
@@ -122,7 +123,8 @@ def follow_leader(values: dict[str, Any], nodes: "Nodes") -> int:
 
     try:
         with Bars() as bars:
-            follow(nodes, values.get("model", "tiny"), settings_from(values), bars, ready)
+            settings = settings_from(values)
+            follow(nodes, found_model(values), settings, bars, ready)
     except EngineDead as error:
         log.error("process %d ends without process 0: %s", nodes.rank, error)
         return 1

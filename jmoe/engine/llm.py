@@ -13,6 +13,7 @@ import numpy as np
 from jmoe.config.moe import MoEConfig
 from jmoe.config.reading import check_keys, hints, shown, typed
 from jmoe.engine.build import build_engine
+from jmoe.engine.deployment.found import find_model
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.grammar.grammar import Grammar, GrammarCompiler
 from jmoe.engine.request import FinishReason, MoEUsage, Output, Request, SamplingParams, TokenLogprob
@@ -62,7 +63,10 @@ class LLM:
         llm = LLM("tiny")
         llm.generate(["Once upon a time"], SamplingParams(max_tokens=32, temperature=0.0))[0].outputs[0].text
 
-    model: "tiny" (bundled), a Hugging Face directory, or one written by ``jmoe convert``.
+    model: "tiny" (bundled), a Hugging Face directory, one written by ``jmoe convert``, a GGUF file, or
+        ORG/NAME of the Hugging Face Hub, which is fetched unless it is in the cache.
+    revision: branch, tag or commit of a model of the Hub; None = the main branch.
+    download_dir: cache of models of the Hub; None = huggingface_hub's own.
     moe: configuration of the MoE layers; None = the default.
     warm_up: whether shapes compile now; if not, each shape compiles when it first runs.
     settings: other fields of ``EngineSettings``.
@@ -75,6 +79,8 @@ class LLM:
         self,
         model: str | Path = "tiny",
         *,
+        revision: str | None = None,
+        download_dir: str | None = None,
         moe: MoEConfig | None = None,
         warm_up: bool = True,
         **settings: Any,
@@ -82,7 +88,8 @@ class LLM:
         check_keys("LLM", settings, hints(EngineSettings))
         self.settings = EngineSettings(moe=MoEConfig() if moe is None else moe, **settings)
         warm_up = typed("warm_up", warm_up, bool)
-        self.engine = build_engine(model, self.settings, warm_up=warm_up)
+        found = find_model(model, revision, download_dir)
+        self.engine = build_engine(found.path, self.settings, warm_up=warm_up)
 
     def close(self) -> None:
         """Frees the weights and the cache. Afterwards ``generate`` and ``logits`` raise EngineDead."""

@@ -2,6 +2,7 @@
 
 import platform
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jmoe_kernels.paged_attention import has_scales
 
 from jmoe import __version__
 from jmoe.checkpoint.load import parameter_specs
+from jmoe.checkpoint.source import WithoutWeights
 from jmoe.engine.deployment.deployment import Deployment, resolve
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.offload.build import count_slots, has_parallel_copies
@@ -26,7 +28,10 @@ PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "safetensors", "tokeniz
 
 
 def doctor(
-    model: str, settings: EngineSettings, chat_template: str | None = None, tool_format: str = AUTO
+    model: str | Path | WithoutWeights,
+    settings: EngineSettings,
+    chat_template: str | None = None,
+    tool_format: str = AUTO,
 ) -> dict[str, Any]:
     """Returns the report: versions, devices, and for ``model`` its sizes and every choice with its reason.
 

@@ -68,7 +68,7 @@ class Score:
 
 
 def evaluate(
-    model: str,
+    model: str | Path,
     data: Sequence[Path],
     *,
     mode: Phase = "prefill",

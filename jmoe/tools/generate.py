@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import Any, TextIO
 
 from jmoe.engine.build import BuildProgress, build_engine
@@ -15,7 +16,7 @@ DEFAULT_MAX_TOKENS = 128
 
 
 def print_streamed(
-    model: str,
+    model: str | Path,
     settings: EngineSettings,
     prompts: list[str],
     params: SamplingParams,
@@ -42,7 +43,11 @@ def print_streamed(
 
 
 def generate(
-    model: str, settings: EngineSettings, prompts: list[str], params: SamplingParams, progress: BuildProgress
+    model: str | Path,
+    settings: EngineSettings,
+    prompts: list[str],
+    params: SamplingParams,
+    progress: BuildProgress,
 ) -> dict[str, Any]:
     """Returns the report that ``jmoe generate --json`` prints."""
     made: list[list[Output]] = [[] for _ in prompts]

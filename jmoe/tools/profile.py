@@ -32,7 +32,7 @@ MAPS = 4  # positions per window whose whole gate distributions are kept
 
 
 def profile(
-    model: str,
+    model: str | Path,
     data: Sequence[Path],
     out: Path,
     *,

@@ -147,7 +147,7 @@ def test_doctor_tells_where_offloaded_experts_lie(capsys, model):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["generate", "no/such/dir", "--prompt", "x"], "'no/such/dir' is not a directory"),
+        (["generate", "./no/such", "--prompt", "x"], "'no/such' is not a directory"),
         (["generate", "MODEL", "--prompt", "x", "--max-tokens", "-1"], "max_tokens must be at least 0"),
         (["generate", "MODEL", "--prompt", "x", "--temperature", "9"], "temperature must be between 0 and 2"),
         (["generate", "MODEL", "--prompt", "a " * 200], "maximum context length is 64 tokens"),
@@ -167,7 +167,8 @@ def test_doctor_tells_where_offloaded_experts_lie(capsys, model):
         (["eval", "MODEL", "--data", "TEXT", "--kv-memory", "1KiB"], "holds no page"),
         (["eval", "MODEL", "--data", "TEXT", "--kv-memory", "lots"], "is not a size such as 2GiB"),
         (["serve", "MODEL", "--config", "absent.toml"], "cannot read absent.toml"),
-        (["convert", "no/such", "out"], "'no/such' is not a directory"),
+        (["convert", "no/such/dir", "out"], "'no/such/dir' is not a directory"),
+        (["generate", "MODEL", "--prompt", "x", "--revision", "main"], "revision is for a model of the Hub"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, model, text, argv, message):

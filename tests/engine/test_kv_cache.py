@@ -22,6 +22,7 @@ from jmoe.config.parts import LatentConfig
 from jmoe.config.techniques import OffloadConfig
 from jmoe.engine.build import page_kind
 from jmoe.engine.deployment.deployment import resolve
+from jmoe.engine.deployment.found import find_model
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.engine import Engine
 from jmoe.engine.offload.host_runner import HostDrivenRunner
@@ -174,7 +175,14 @@ def test_pages_of_another_kind_have_other_names():
 def test_all_processes_must_agree_on_it():
     nodes = Nodes(nnodes=2, node_rank=1, dist_init_addr="localhost:1")
     for name in ("auto", *NAMES):
-        assert facts_of(nodes, "tiny", EngineSettings(kv_cache_dtype=name))["kv_cache_dtype"] == name
+        facts = facts_of(nodes, find_model("tiny"), EngineSettings(kv_cache_dtype=name))
+        assert facts["kv_cache_dtype"] == name
+
+
+def test_all_processes_must_have_the_same_commit():
+    nodes, model = Nodes(nnodes=2, node_rank=1, dist_init_addr="localhost:1"), find_model("tiny")
+    facts = [facts_of(nodes, replace(model, commit=commit), EngineSettings()) for commit in ("a", "b")]
+    assert facts[0] != facts[1]
 
 
 def test_an_unknown_name_is_refused():

@@ -113,6 +113,8 @@ COMMANDS: dict[str, list[Command]] = {
     "scripts/tpu_kernel_report.py": [Command(elsewhere="tests/kernel/test_tpu_aot.py")],
     "scripts/make/reduce_crd.py": [Command(elsewhere="tests/repository/test_deploy.py")],
     "jmoe serve": [Command(elsewhere="the server that the other commands here ask")],
+    "jmoe chat": [Command("chat {hf} --max-model-len 64")],
+    "jmoe launch": [Command("launch codex --url {url} --print")],
     "jmoe generate": [
         Command(
             "generate {hf} --prompt Hi --max-tokens 2 --temperature 0 --expert-parallel-size 4 "

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jmoe.config.moe import MoEConfig
+from jmoe.engine.deployment.found import find_model
 from jmoe.engine.deployment.settings import EngineSettings
 from jmoe.engine.engine import Engine
 from jmoe.engine.processes.lockstep import follow, lead
@@ -62,9 +63,9 @@ def main(rank: int, address: str, model: str, reports: Path, moe: dict[str, Any]
     settings = EngineSettings(expert_parallel_size=4, tensor_parallel_size=2, moe=roomy, **SIZES)
     quiet = lambda stage, done, total: None  # noqa: E731
     if rank > 0:
-        follow(nodes, model, settings, quiet, lambda runner: report(held=held(runner)))
+        follow(nodes, find_model(model), settings, quiet, lambda runner: report(held=held(runner)))
     else:
-        engine = lead(nodes, model, settings, quiet)
+        engine = lead(nodes, find_model(model), settings, quiet)
         report(held=held(engine.runner), **generated(engine))
         engine.close()
     leave(0)

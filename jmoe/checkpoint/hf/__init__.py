@@ -1,1 +1,1 @@
-"""Hugging Face directories: ``reader`` finds the tensors of one, ``writer`` makes one."""
+"""Hugging Face directories: ``reader`` finds the tensors of one, ``writer`` and ``hub`` make one."""

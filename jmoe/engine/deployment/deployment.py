@@ -22,7 +22,7 @@ from jmoe_kernels.quantised import Coding
 from jmoe.blueprint import Blueprint
 from jmoe.checkpoint.params import ParamSpec, abstract_decoder, dense_kernel
 from jmoe.checkpoint.quantised.codings import read_codings
-from jmoe.checkpoint.source import Source, source_of
+from jmoe.checkpoint.source import Source, WithoutWeights, source_of
 from jmoe.config.model import ModelConfig
 from jmoe.engine.deployment.artifacts import read_placement, read_profile
 from jmoe.engine.deployment.needs import Memory, check_memory, needed
@@ -79,10 +79,11 @@ class Deployment:
         return self.blueprint.mesh
 
 
-def resolve(model: str | Path, settings: EngineSettings) -> Deployment:
+def resolve(model: str | Path | WithoutWeights, settings: EngineSettings) -> Deployment:
     """Resolves a model and its settings; raises ValueError if either is refused or does not fit the
     machine."""
-    source, moe = source_of(model_directory(model)), settings.moe
+    files = model if isinstance(model, WithoutWeights) else model_directory(model)
+    source, moe = source_of(files), settings.moe
     cfg = read_model(source, settings)
     split = settings_split(settings)
     requested = context_length(cfg, settings.max_model_len)

@@ -12,7 +12,6 @@ from contextlib import closing
 from dataclasses import asdict
 from enum import IntEnum
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +22,8 @@ from jax.sharding import Mesh
 from jmoe.config.techniques import Phase
 from jmoe.engine.build import BuildProgress, build
 from jmoe.engine.deployment.deployment import resolve
-from jmoe.engine.deployment.settings import EngineSettings, model_directory, read_model
+from jmoe.engine.deployment.found import FoundModel
+from jmoe.engine.deployment.settings import EngineSettings, read_model
 from jmoe.engine.engine import Engine
 from jmoe.engine.processes.channel import Channel, Followers
 from jmoe.engine.processes.nodes import Nodes, free_port, join, listen
@@ -148,7 +148,7 @@ def repeat(runner: Runner, channel: Channel) -> None:
             runner.window_logits(*both)
 
 
-def lead(nodes: Nodes, model: str | Path, settings: EngineSettings, progress: BuildProgress) -> Engine:
+def lead(nodes: Nodes, model: FoundModel, settings: EngineSettings, progress: BuildProgress) -> Engine:
     """Returns process 0's engine, warmed up, on the mesh of all processes. Closing it ends the followers.
 
     Raises ValueError as ``build_engine`` does, and EngineDead if a follower is gone.
@@ -159,7 +159,7 @@ def lead(nodes: Nodes, model: str | Path, settings: EngineSettings, progress: Bu
     followers = Followers(gate, facts, SIGN)
     try:
         join(nodes, coordinator)
-        return build(resolve(model, settings), progress, make_runner=partial(Leader, followers))
+        return build(resolve(model.files, settings), progress, make_runner=partial(Leader, followers))
     except Exception as error:
         followers.close()
         if followers.loss is None:
@@ -169,7 +169,7 @@ def lead(nodes: Nodes, model: str | Path, settings: EngineSettings, progress: Bu
 
 def follow(
     nodes: Nodes,
-    model: str | Path,
+    model: FoundModel,
     settings: EngineSettings,
     progress: BuildProgress,
     on_ready: Callable[[Runner], None] = lambda runner: None,
@@ -185,15 +185,16 @@ def follow(
         channel.agree(facts, 0)
         channel.keep_alive(b"\0")
         join(nodes, Tunnel(nodes.host, nodes.port, nodes.rank, token).port)
-        with closing(build(resolve(model, settings), progress, warm_up=False)) as engine:
+        with closing(build(resolve(model.files, settings), progress, warm_up=False)) as engine:
             on_ready(engine.runner)
             log.info("process %d of %d: runs what process 0 runs; serves no HTTP", nodes.rank, nodes.nnodes)
             repeat(engine.runner, channel)
     log.info("process %d of %d: process 0 has ended", nodes.rank, nodes.nnodes)
 
 
-def facts_of(nodes: Nodes, model: str | Path, settings: EngineSettings) -> dict[str, Any]:
-    """Returns what all processes must have in common: their number, settings and the model's configuration.
-    Its ValueErrors are raised before the processes connect, so that none waits for one that failed."""
-    cfg = read_model(model_directory(model), settings)
-    return {"nnodes": nodes.nnodes} | asdict(settings) | asdict(cfg)
+def facts_of(nodes: Nodes, model: FoundModel, settings: EngineSettings) -> dict[str, Any]:
+    """Returns what all processes must have in common: their number, settings, the model's configuration, and
+    the commit of a model of the Hub. Its ValueErrors are raised before the processes connect, so that none
+    waits for one that failed."""
+    cfg = read_model(model.files, settings)
+    return {"nnodes": nodes.nnodes, "commit": model.commit} | asdict(settings) | asdict(cfg)

@@ -16,6 +16,7 @@ from jmoe_kernels.grouped_mlp import ExpertWeights, pick, storage_dtype
 
 from jmoe.checkpoint import read_config
 from jmoe.checkpoint.checkpoint import aligned_empty
+from jmoe.checkpoint.source import ModelFiles
 from jmoe.config.choices import DTypeChoice
 from jmoe.config.model import ModelConfig
 from jmoe.engine.deployment.settings import model_directory
@@ -38,16 +39,16 @@ class Point:
     num_experts: int
 
 
-def layer_config(model: str, dtype: DTypeChoice = "auto") -> ModelConfig:
+def layer_config(model: ModelFiles, dtype: DTypeChoice = "auto") -> ModelConfig:
     """Returns the model config from a TOML of sizes, or from a model's directory."""
-    if model.endswith(".toml"):
+    if isinstance(model, str) and model.endswith(".toml"):
         cfg = ModelConfig.from_file(Path(model))
         return cfg if dtype == "auto" else dataclasses.replace(cfg, dtype=dtype)
-    return read_config(model_directory(model), dtype)
+    return read_config(model_directory(model) if isinstance(model, str) else model, dtype)
 
 
 def bench_moe_layer(
-    model: str,
+    model: ModelFiles,
     *,
     batch_sizes: Sequence[int],
     active: Sequence[int] = (),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def run_round(engine: Engine, load: Load, seed: int) -> Round:
 
 
 def bench_throughput(
-    model: str,
+    model: str | Path,
     settings: EngineSettings,
     load: Load,
     limits: LengthLimits,
@@ -102,7 +103,7 @@ def bench_throughput(
 
 
 def bench_latency(
-    model: str,
+    model: str | Path,
     settings: EngineSettings,
     load: Load,
     iterations: int,
@@ -138,7 +139,7 @@ def _check(iterations: int) -> None:
         raise ValueError(f"num-iters must be at least 1, got {iterations}")
 
 
-def _context(model: str, settings: EngineSettings) -> int:
+def _context(model: str | Path, settings: EngineSettings) -> int:
     """Returns the context length, which is known before anything is loaded."""
     return resolve(model, settings).max_model_len
 
