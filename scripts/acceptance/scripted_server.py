@@ -22,7 +22,8 @@ import numpy as np
 from jmoe.engine.deployment.settings import model_directory
 from jmoe.engine.reports import EngineSnapshot, Listener, ModelFacts
 from jmoe.engine.request import Output, Request
-from jmoe.engine.text.codec import Detokenizer, TextCodec, load_codec
+from jmoe.engine.text.codec import TextCodec, load_codec
+from jmoe.engine.text.detokenizer import Detokenizer
 from jmoe.server.run import serve
 from jmoe.server.settings import ServerSettings
 

@@ -44,10 +44,16 @@ HF_CONFIG = {
     "torch_dtype": "bfloat16",
     "use_sliding_window": False,
 } | {name: getattr(CONFIG, name) for name in SHARED}
-# The dialogue domain has one turn a line: "user: ..." and "assistant: ...".
+# The dialogue domain has one turn a line: "user: ..." and "assistant: ...". A line end ends a turn, so a call
+# has none. The model was not trained to call.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
+    "{% if tools %}system: functions: {{ tools | tojson }} A call is "
+    'functools[{"name": NAME, "arguments": OBJECT}]\n{% endif %}'
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
+    "{% if message['tool_calls'] %} functools[{% for call in message['tool_calls'] %}"
+    """{{ ', ' if not loop.first }}{"name": "{{ call['function']['name'] }}", """
+    """"arguments": {{ call['function']['arguments'] | tojson }}}{% endfor %}]{% endif %}"""
+    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
 TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",

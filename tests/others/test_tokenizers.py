@@ -10,7 +10,8 @@ import pytest
 from support.models.tokenizer_folders import FAST, SHAPES, byte_level, folder, pieces, token
 from tokenizers import Tokenizer, models
 
-from jmoe.engine.text.codec import Detokenizer, TextCodec, load_codec
+from jmoe.engine.text.codec import TextCodec, load_codec
+from jmoe.engine.text.detokenizer import Detokenizer
 from jmoe.server.template.chat_template import load_chat_template
 
 TEXTS = ("hello hello", "  a<|turn|> hello<x>", "<bos><pad></s> a<tool>hellohello")

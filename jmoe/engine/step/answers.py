@@ -4,7 +4,8 @@ from collections.abc import Collection, Sequence
 
 from jmoe.engine.request import FinishReason, Output, Request
 from jmoe.engine.step.results import PromptScores, token_logprob
-from jmoe.engine.text.codec import Detokenizer, TextCodec
+from jmoe.engine.text.codec import TextCodec
+from jmoe.engine.text.detokenizer import Detokenizer
 
 
 def detokenizers(requests: Sequence[Request], codec: TextCodec | None) -> dict[str, Detokenizer]:

@@ -20,12 +20,15 @@ class Markup:
     thought_start, thought_end: texts around thoughts, in which such tokens are already their characters; ""
         if the model writes no thoughts.
     in_thought: whether the answer begins inside of thoughts.
+    call_start: text with which the first call begins; "" if the answer calls nothing. Stop strings have no
+        effect from there on.
     """
 
     marks: Mapping[int, str] = field(default_factory=dict)
     thought_start: str = ""
     thought_end: str = ""
     in_thought: bool = False
+    call_start: str = ""
 
     @property
     def has_harmony_calls(self) -> bool:

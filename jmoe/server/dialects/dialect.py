@@ -24,6 +24,8 @@ class Dialect(Protocol):
     name: its name.
     choices: kinds of ``tool_choice`` that it serves.
     marks: private characters, by id, of tokens that stand in the text as these (``Markup.marks``).
+    call_start: text with which a call in free text begins, in these characters; "" = stop strings have an
+        effect in calls too (``Markup.call_start``).
     followed: makes the schemas of functions ready for its grammars.
 
     grammar: returns the grammar of a whole answer behind its thoughts, None if it is free text. ``parallel``
@@ -40,6 +42,8 @@ class Dialect(Protocol):
     def choices(self) -> frozenset[Choice]: ...
     @property
     def marks(self) -> Mapping[int, str]: ...
+    @property
+    def call_start(self) -> str: ...
     @property
     def followed(self) -> Followed: ...
 
@@ -75,6 +79,11 @@ class FormatDialect:
     @property
     def name(self) -> str:
         return self.form.name
+
+    @property
+    def call_start(self) -> str:
+        is_bracket = self.form.is_at_start and not self.form.opens  # which a text may hold too
+        return "" if is_bracket else self.marked.trigger
 
     def grammar(
         self,

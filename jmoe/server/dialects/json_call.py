@@ -21,6 +21,7 @@ class JsonCall:
     name = "json"
     choices = frozenset[Choice](("required", "named"))
     marks: Mapping[int, str] = {}
+    call_start = ""
 
     def __init__(self) -> None:
         self.followed = Followed()

@@ -31,6 +31,7 @@ class TemplateDialect:
 
     name = "response_template"
     choices = frozenset[Choice](("auto",))
+    call_start = ""
 
     def __init__(self, template: ResponseTemplate, tokens: Mapping[str, int]):
         self.template, self.followed = template, Followed()

@@ -4,9 +4,10 @@ import json
 
 import pytest
 from support.models.tokenizer_folders import byte_level, folder
-from support.server.fake_engine import TEMPLATE, FakeEngine, served
+from support.server.fake_engine import FakeEngine, served
 
-from jmoe.engine.text.codec import Detokenizer, TextCodec
+from jmoe.engine.text.codec import TextCodec
+from jmoe.engine.text.detokenizer import Detokenizer
 
 MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|constrain|>")
 THOUGHT = "<|channel|>analysis<|message|>Hmm. 😀<|end|>"
@@ -91,7 +92,8 @@ def test_without_the_marks_as_special_tokens_words_are_words(tmp_path):
 
 @pytest.fixture
 def client(codec, tmp_path):
-    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    # A message cannot spell control tokens; the template can, and the engine of these tests answers with them.
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}" + THOUGHT + FINAL)
     with served(FakeEngine(codec, max_model_len=400, vocab_size=300), tmp_path) as client:
         yield client
 
@@ -112,11 +114,11 @@ def test_completions_over_http(client, codec):
 
 
 def test_chat_over_http_whole_and_streamed(client, codec):
-    said = THOUGHT + FINAL
-    fields = {"messages": [{"role": "user", "content": said}], "ignore_eos": True}
-    fields["max_tokens"] = len(codec.encode(f"u:{said}\n"))
+    fields = {"messages": [{"role": "user", "content": "u:<|end|>"}], "ignore_eos": True}
+    spelled = len("u:<|end|>")  # a token for each byte
+    fields["max_tokens"] = spelled + len(codec.encode(THOUGHT + FINAL))
     message = client.post("/v1/chat/completions", json=fields).json()["choices"][0]["message"]
-    assert (message["content"], message["reasoning_content"]) == ("u:Hello 😀!\n", "Hmm. 😀")
+    assert (message["content"], message["reasoning_content"]) == ("u:<|end|>Hello 😀!", "Hmm. 😀")
     deltas = []
     for line in client.post("/v1/chat/completions", json=fields | {"stream": True}).text.splitlines():
         if line.startswith("data: {"):

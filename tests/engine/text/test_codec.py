@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jmoe.engine.request import SamplingParams
-from jmoe.engine.text.codec import Detokenizer, TextCodec
+from jmoe.engine.text.codec import TextCodec
+from jmoe.engine.text.detokenizer import Detokenizer
 
 
 @pytest.fixture(scope="module")

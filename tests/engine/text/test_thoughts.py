@@ -3,7 +3,8 @@
 import pytest
 from support.models.tokenizer_folders import byte_level, folder
 
-from jmoe.engine.text.codec import Detokenizer, TextCodec
+from jmoe.engine.text.codec import TextCodec
+from jmoe.engine.text.detokenizer import Detokenizer
 from jmoe.engine.text.markup import HARMONY_END, PLAIN, Markup
 from jmoe.engine.text.thoughts import Thoughts
 
@@ -89,6 +90,28 @@ def test_thoughts_between_tokens_are_counted_and_stop_strings_see_the_text_alone
             break
     assert (text, thoughts, detokenizer.stop_match) == ("Yes", "Stop!", "!")
     assert count == len(codec.encode("Stop!"))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 50])
+@pytest.mark.parametrize(
+    ("said", "want", "match"),
+    [
+        ('no\n calls[{"a":\n1}]', "no", "\n"),
+        ('yes calls[{"a":\n1}]\nmore', 'yes calls[{"a":\n1}]\nmore', None),
+        ('calls[{"a":\n1}]', 'calls[{"a":\n1}]', None),
+        ("call\ns[", "call", "\n"),
+        ("no call\n", "no call", "\n"),
+    ],
+)
+def test_a_stop_string_in_a_call_is_part_of_the_call(codec, said, want, match, size):
+    detokenizer, text = Detokenizer(codec, ("\n",), None, Markup(call_start="calls[")), ""
+    pieces = [said[at : at + size] for at in range(0, len(said), size)]
+    for id in [id for piece in pieces for id in codec.encode(piece)]:
+        text += detokenizer.push(id)
+        if detokenizer.stop_match:
+            break
+    text += "" if detokenizer.stop_match else detokenizer.flush()
+    assert (text, detokenizer.stop_match) == (want, match)
 
 
 HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|constrain|>", "<|call|>")

@@ -189,7 +189,7 @@ def test_arguments_not_streamed_until_whole(name, has_tokens):
     assert grown == ([[]] * 8 if name == "pythonic" else [[Arguments(c)] for c in "abcdefgh"])
 
 
-@pytest.mark.parametrize("name", WRITERS.keys() - FIRST)
+@pytest.mark.parametrize("name", sorted(WRITERS.keys() - FIRST))
 def test_free_text_is_not_held_back(name):
     form, _ = form_and_mark(name, name not in ("harmony", "functools"))
     reader = FormatReader(form, FUNCTIONS)

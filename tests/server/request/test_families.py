@@ -13,7 +13,8 @@ from support.server.chat_models import ASKED, FOLDER, LOOK, STOP, checked, model
 from tokenizers import AddedToken
 
 from jmoe.engine.grammar.grammar import GrammarCompiler
-from jmoe.engine.text.codec import Detokenizer, TextCodec
+from jmoe.engine.text.codec import TextCodec
+from jmoe.engine.text.detokenizer import Detokenizer
 from jmoe.server.dialects.events import Arguments, CallEnd, CallStart, PlainText
 from jmoe.server.request.conversation.chat_model import ChatModel
 

@@ -265,7 +265,7 @@ def test_pieces_are_the_whole():
         Delta(content="a", tool_calls=[]),
         Tokens(count=0, max_model_len=8, tokens=[]),
         Tokens(count=300, max_model_len=8, tokens=[*range(300)], token_strs=["é"] * 300),
-        Models("list", []),
+        Models("list", [], False, "", ""),
     ],
 )
 def test_pieces_of_a_struct_are_its_bytes(struct):

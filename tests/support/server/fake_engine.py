@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from jmoe.config.counters import COUNTERS, names
 from jmoe.engine.reports import EngineSnapshot, ModelFacts
 from jmoe.engine.request import EngineDead, Output, QueueFull, Request, TokenLogprob
-from jmoe.engine.text.codec import Detokenizer
+from jmoe.engine.text.detokenizer import Detokenizer
 from jmoe.engine.text.token_bytes import TokenBytes
 from jmoe.server.app import make_app
 from jmoe.server.run import Server, bind

@@ -63,9 +63,10 @@ class ChatModel:
                 id = tokenizer.token_to_id(text)
                 if id is not None:
                     marks[id], around[i] = mark, mark
-        if not marks and not thinking.start:
+        call_start = "" if tools is None else tools.dialect.call_start
+        if not marks and not thinking.start and not call_start:
             return PLAIN
-        return Markup(marks, *around, in_thought=is_inside)
+        return Markup(marks, *around, in_thought=is_inside, call_start=call_start)
 
 
 def chat_model(
