@@ -197,7 +197,7 @@ def test_free_text_is_not_held_back(name):
         assert reader.feed(piece) == [PlainText(piece)]
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", sorted(FIRST))
 def test_calls_only_at_the_start(name):
     answer = WRITERS[name]([("now", {})], plain)
     assert read(FORMATS[name], [f"So: {answer}"]) == (f"So: {answer}", [])
