@@ -1,6 +1,7 @@
 """Grammars that an answer must follow, as masks over the vocabulary, computed by llguidance."""
 
 import json
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from jmoe.engine.grammar.tokens import (
     try_grammar,
 )
 
+_SLASHES = re.compile(r"(\\.)|/", re.S)  # those that nothing escapes have no group
 MAX_GRAMMAR_BYTES = 64 * 1024
 # Whitespace between the tokens of a JSON text. Bounded, else a model could indent until max_tokens.
 WHITESPACE = r"[ \n\t]{0,16}"
@@ -54,6 +56,18 @@ class Grammar:
             return llguidance.LLMatcher.grammar_from_lark(self.text)
         options = {"whitespace_pattern": WHITESPACE}
         return llguidance.LLMatcher.grammar_from_json_schema(prepared(self.text), defaults=options)  # type: ignore[arg-type]
+
+
+def lark_rule(grammar: Grammar) -> str:
+    """Returns the right side of a Lark rule that derives what ``grammar`` derives, as a part of another
+    grammar. Raises ValueError for a grammar that is no part: Lark, or a schema that is no object."""
+    if grammar.kind == "regex":
+        return "/" + _SLASHES.sub(lambda found: found[1] or "\\/", grammar.text) + "/"
+    schema = json.loads(prepared(grammar.text)) if grammar.kind == "json_schema" else None
+    if not isinstance(schema, dict):
+        raise ValueError("only a JSON schema or a regular expression can be joined with calls")
+    options = {"x-guidance": {"whitespace_pattern": WHITESPACE}}
+    return f"%json {json.dumps(options | schema, ensure_ascii=False)}"
 
 
 def one_of(texts: Iterable[str]) -> Grammar:
