@@ -46,4 +46,4 @@ def harmony_grammar(
         header = f'({to} {channel} "commentary" | {channel} "commentary" {to})'
         lines.append(f"call_{i}: {header} form {message} args_{i}")
         lines.append(f"args_{i}: %json {parameters.json()}")
-    return Grammar("lark", "\n".join(lines) + "\n")
+    return Grammar("lark", "\n".join(lines) + "\n", has_inner_text=True)
