@@ -169,20 +169,36 @@ with check("json_schema holds at temperature 2 and in a stream"):
 with check("a named and a required tool is called"):
     named = {"type": "function", "function": {"name": "book"}}
     for choice in (named, "required"):
-        message = chat(tools=[TOOL], tool_choice=choice, max_tokens=200).choices[0].message
+        fields = {"tools": [TOOL], "tool_choice": choice, "max_tokens": 200, "parallel_tool_calls": False}
+        message = chat(**fields).choices[0].message
         (call,) = message.tool_calls
         assert call.type == "function" and call.id and call.function.name == "book"
         Ticket.model_validate_json(call.function.arguments)
 
 with check("a tool's arguments are streamed"):
     arguments, names = "", []
-    events = list(chat(tools=[TOOL], tool_choice="required", max_tokens=200, stream=True))
+    fields = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 200, "parallel_tool_calls": False}
+    events = list(chat(**fields, stream=True))
     for event in events:
         for call in (event.choices and event.choices[0].delta.tool_calls) or []:
             names += [call.function.name] if call.function.name else []
             arguments += call.function.arguments or ""
     assert names == ["book"] and Ticket.model_validate_json(arguments)
     assert events[-1].choices[0].finish_reason in ("tool_calls", "stop")
+
+with check("with tools alone the model speaks or calls"):
+    for seed in range(5):
+        choice = chat(tools=[TOOL], temperature=1, seed=seed, max_tokens=100).choices[0]
+        assert choice.message.content or choice.message.tool_calls
+        for call in choice.message.tool_calls or []:
+            assert call.function.name == "book"
+            assert choice.finish_reason == "length" or Ticket.model_validate_json(call.function.arguments)
+
+with check("with tools and a form it calls or has the form"):
+    form = {"name": "t", "schema": Ticket.model_json_schema(), "strict": True}
+    shaped = {"type": "json_schema", "json_schema": form}
+    choice = chat(tools=[TOOL], response_format=shaped, max_tokens=200).choices[0]
+    assert choice.message.tool_calls or Ticket.model_validate_json(choice.message.content)
 
 with check("tool_choice none lets the model speak"):
     message = chat(tools=[TOOL], tool_choice="none").choices[0].message

@@ -1,6 +1,7 @@
 """Grammars that an answer must follow, as masks over the vocabulary, computed by llguidance."""
 
 import json
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from jmoe.engine.grammar.tokens import (
     try_grammar,
 )
 
+MOST = 0.9  # share of the tokens that free text allows at least
+_SLASHES = re.compile(r"(\\.)|/", re.S)  # those that nothing escapes have no group
 MAX_GRAMMAR_BYTES = 64 * 1024
 # Whitespace between the tokens of a JSON text. Bounded, else a model could indent until max_tokens.
 WHITESPACE = r"[ \n\t]{0,16}"
@@ -32,10 +35,12 @@ class Grammar:
         regular expression matches, "lark" for text that a Lark grammar in llguidance's dialect derives from
         ``start``.
     text: schema, expression or grammar.
+    has_inner_text: whether free text is also where the answer may not end, as in messages before the last.
     """
 
     kind: Literal["json_schema", "regex", "lark"]
     text: str
+    has_inner_text: bool = False
 
     def __post_init__(self) -> None:
         size = len(self.text.encode(errors="replace"))
@@ -54,6 +59,18 @@ class Grammar:
             return llguidance.LLMatcher.grammar_from_lark(self.text)
         options = {"whitespace_pattern": WHITESPACE}
         return llguidance.LLMatcher.grammar_from_json_schema(prepared(self.text), defaults=options)  # type: ignore[arg-type]
+
+
+def lark_rule(grammar: Grammar) -> str:
+    """Returns the right side of a Lark rule that derives what ``grammar`` derives, as a part of another
+    grammar. Raises ValueError for a grammar that is no part: Lark, or a schema that is no object."""
+    if grammar.kind == "regex":
+        return "/" + _SLASHES.sub(lambda found: found[1] or "\\/", grammar.text) + "/"
+    schema = json.loads(prepared(grammar.text)) if grammar.kind == "json_schema" else None
+    if not isinstance(schema, dict):
+        raise ValueError("only a JSON schema or a regular expression can be joined with calls")
+    options = {"x-guidance": {"whitespace_pattern": WHITESPACE}}
+    return f"%json {json.dumps(options | schema, ensure_ascii=False)}"
 
 
 def one_of(texts: Iterable[str]) -> Grammar:
@@ -82,11 +99,15 @@ class GrammarConstraint:
     also raises it for a token that the grammar does not allow. After an error they go on to fail.
 
     end_ids: tokens that end an answer.
-    is_open: whether the answer may end here and may also go on: it is free text, or may be whole.
+    is_open: whether the answer may end here and may also go on: it is free text, or may be whole. With
+        ``has_inner_text`` it is also open from a mask of most tokens on, until a token is refused.
     """
 
-    def __init__(self, matcher: llguidance.LLMatcher, words: int, end_ids: Collection[int]):
+    def __init__(
+        self, matcher: llguidance.LLMatcher, words: int, end_ids: Collection[int], has_inner_text: bool
+    ):
         self.matcher, self.words, self.end_ids = matcher, words, end_ids
+        self.has_inner_text, self._is_text = has_inner_text, False
         self.is_open = self._may_end_or_go_on()
 
     def allowed(self) -> np.ndarray:
@@ -95,6 +116,8 @@ class GrammarConstraint:
         with panics_as_errors():
             mask = np.frombuffer(self.matcher.compute_bitmask(), np.uint32)[: self.words]
             self._check()
+        if self.has_inner_text:
+            self._is_text = int(np.unpackbits(mask.view(np.uint8)).sum()) > MOST * 32 * self.words
         return mask
 
     def is_allowed(self, token_id: int) -> bool:
@@ -112,7 +135,8 @@ class GrammarConstraint:
             self.is_open = self._may_end_or_go_on()
 
     def _may_end_or_go_on(self) -> bool:
-        return self.matcher.is_accepting() and not self.matcher.is_stopped()
+        may_end = self._is_text or self.matcher.is_accepting()
+        return may_end and not self.matcher.is_stopped()
 
     def _check(self) -> None:
         if self.matcher.is_error():
@@ -122,12 +146,15 @@ class GrammarConstraint:
 class CompiledGrammar:
     """A compiled grammar; the constraint of each answer is a copy of its state."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, words: int, end_ids: Collection[int]):
+    def __init__(
+        self, matcher: llguidance.LLMatcher, words: int, end_ids: Collection[int], has_inner_text: bool
+    ):
         self.matcher, self.words, self.end_ids = matcher, words, end_ids
+        self.has_inner_text = has_inner_text
 
     def constraint(self) -> GrammarConstraint:
         with panics_as_errors():
-            return GrammarConstraint(self.matcher.deep_copy(), self.words, self.end_ids)
+            return GrammarConstraint(self.matcher.deep_copy(), self.words, self.end_ids, self.has_inner_text)
 
 
 class GrammarCompiler:
@@ -158,4 +185,4 @@ class GrammarCompiler:
         matcher, error = try_grammar(self.tokenizer, self.source(grammar))
         if matcher is None:
             raise ValueError(error)
-        return CompiledGrammar(matcher, self.words, frozenset(self.spec["end_ids"]))
+        return CompiledGrammar(matcher, self.words, frozenset(self.spec["end_ids"]), grammar.has_inner_text)

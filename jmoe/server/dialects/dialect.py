@@ -5,7 +5,7 @@ from typing import Protocol
 
 from tokenizers import Tokenizer
 
-from jmoe.engine.grammar.grammar import Grammar
+from jmoe.engine.grammar.grammar import Grammar, lark_rule
 from jmoe.engine.text.markup import HARMONY_END
 from jmoe.server.dialects.events import Choice, Function, Reader
 from jmoe.server.dialects.format import Format
@@ -29,8 +29,10 @@ class Dialect(Protocol):
     followed: makes the schemas of functions ready for its grammars.
 
     grammar: returns the grammar of a whole answer behind its thoughts, None if it is free text. ``parallel``
-        allows several calls; the arguments of functions in ``open_names`` that are not strict are any object.
-        Raises ValueError for functions that no grammar can follow.
+        allows several calls; the arguments of functions in ``open_names`` that are not strict are any object;
+        the text of an answer without calls follows ``answer``. Raises ValueError for functions that no
+        grammar can follow, or that the dialect cannot join with ``answer``.
+    around: returns the grammar of a whole answer behind its thoughts whose text follows a grammar.
     reader: makes the reader of one answer.
     new_id: returns an id for a call of ``name``, the conversation's call ``number`` (from 0), in the form
         that the model knows.
@@ -54,7 +56,9 @@ class Dialect(Protocol):
         *,
         parallel: bool,
         open_names: Collection[str] = (),
+        answer: Grammar | None = None,
     ) -> Grammar | None: ...
+    def around(self, answer: Grammar) -> Grammar: ...
     def reader(self, choice: Choice, functions: Sequence[Function]) -> Reader: ...
     def new_id(self, name: str, number: int) -> str: ...
 
@@ -92,12 +96,24 @@ class FormatDialect:
         *,
         parallel: bool,
         open_names: Collection[str] = (),
+        answer: Grammar | None = None,
     ) -> Grammar | None:
         parameters = [self.followed.parameters(function, open_names) for function in functions]
+        rule = None if answer is None else lark_rule(answer)
         if self.is_harmony:
-            return harmony_grammar(self.tokens, parameters, choice)
+            return harmony_grammar(self.tokens, parameters, choice, rule)
+        if answer is not None and self.form.is_at_start:
+            raise ValueError(
+                f"a call of {self.name!r} may begin as a text does, so the text can have no form"
+            )
         ids = {mark: id for id, mark in self.marks.items()}
-        return calls_grammar(self.marked, ids, parameters, choice, parallel=parallel)
+        return calls_grammar(self.marked, ids, parameters, choice, parallel=parallel, answer=rule)
+
+    def around(self, answer: Grammar) -> Grammar:
+        """Returns the grammar itself, or with harmony's channels around it; Lark stays as it is given."""
+        if not self.is_harmony or answer.kind == "lark":
+            return answer
+        return harmony_grammar(self.tokens, (), "auto", lark_rule(answer))
 
     def reader(self, choice: Choice, functions: Sequence[Function]) -> Reader:
         return FormatReader(self.marked, functions)

@@ -33,8 +33,9 @@ class JsonCall:
         *,
         parallel: bool,
         open_names: Collection[str] = (),
+        answer: Grammar | None = None,
     ) -> Grammar | None:
-        """Returns the grammar of one call. ``parallel`` has no effect."""
+        """Returns the grammar of one call, so ``parallel`` and ``answer`` have no effect."""
         calls, rules = [], []
         for i, function in enumerate(functions):
             calls.append(f'{json.dumps(_opening(function.name))} arguments_{i} "}}"')
@@ -42,6 +43,9 @@ class JsonCall:
             rules.append(f"arguments_{i}: %json {parameters.json()}")
         start = "arguments_0" if choice == "named" else " | ".join(calls)
         return Grammar("lark", "\n".join([f"start: {start}", *rules, ""]))
+
+    def around(self, answer: Grammar) -> Grammar:
+        return answer
 
     def reader(self, choice: Choice, functions: Sequence[Function]) -> "CallReader":
         return CallReader(choice, functions)

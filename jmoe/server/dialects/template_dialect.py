@@ -46,9 +46,17 @@ class TemplateDialect:
         *,
         parallel: bool,
         open_names: Collection[str] = (),
+        answer: Grammar | None = None,
     ) -> Grammar | None:
-        """Returns None: the answer is free text."""
+        """Returns None: the answer is free text. Raises ValueError if its text has a form."""
+        if answer is not None:
+            raise ValueError(
+                f"calls by the checkpoint's {self.name} cannot be joined with a form of the text"
+            )
         return None
+
+    def around(self, answer: Grammar) -> Grammar:
+        return answer
 
     def reader(self, choice: Choice, functions: Sequence[Function]) -> Reader:
         return WholeReader(self.template, self.names)

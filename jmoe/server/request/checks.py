@@ -114,7 +114,8 @@ def check_chat(body: ChatRequest, support: ToolSupport) -> CheckedChat:
     limits = {body.max_tokens, body.max_completion_tokens} - {None}
     if len(limits) > 1:
         raise invalid("max_tokens and max_completion_tokens differ; give one", "max_completion_tokens")
-    return CheckedChat(body, tools, requested_grammar(body, tools))
+    around = None if support.dialect is None else support.dialect.around
+    return CheckedChat(body, tools, requested_grammar(body, tools, around))
 
 
 def check_messages(messages: list[Message]) -> None:

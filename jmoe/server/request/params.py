@@ -27,7 +27,7 @@ def chat_params(chat: CheckedChat, vocab_size: int, turn_ends: tuple[str, ...]) 
     limit = _limit(body.max_completion_tokens if body.max_tokens is None else body.max_tokens)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = _params(body, vocab_size, limit, logprobs, body.prompt_logprobs)
-    is_free = chat.grammar is None or (chat.tools is not None and chat.tools.choice == "auto")
+    is_free = chat.grammar is None or chat.grammar.is_free
     stop = (*params.stop, *turn_ends) if is_free else params.stop
     return dataclasses.replace(params, stop=stop)
 

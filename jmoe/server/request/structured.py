@@ -1,7 +1,7 @@
 """The grammar that an answer must follow: from ``response_format``, ``structured_outputs`` or the tools."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from jmoe.engine.grammar.grammar import Grammar, one_of, schema_grammar
@@ -22,44 +22,52 @@ ANY_OBJECT = {"type": "object"}
 class GrammarRequest:
     """A grammar and the request field that requests it.
 
+    is_free: whether the answer may be any text, beside calls.
     mend: makes another grammar if this one cannot be compiled, from a function that raises ValueError for a
         grammar that cannot; None if there is no other.
     """
 
     grammar: Grammar
     param: str
+    is_free: bool = False
     mend: Callable[[Callable[[Grammar], None]], Grammar] | None = None
 
 
-def requested_grammar(body: GenerationRequest, tools: ToolUse | None = None) -> GrammarRequest | None:
+def requested_grammar(
+    body: GenerationRequest, tools: ToolUse | None = None, around: Callable[[Grammar], Grammar] | None = None
+) -> GrammarRequest | None:
     """Returns the requested grammar; None if the answer is free text. It raises a 400 if two fields request
     one, or if another field contradicts it.
 
-    tools: how the answer uses tools.
+    tools: how the answer uses tools. With the choice "auto" a form of the text is that of an answer without
+        calls; with another one there is no such answer, and the form has no effect.
+    around: makes the grammar of a whole answer from that of its text; None = it is the same.
     """
-    makers: dict[str, Callable[[], Grammar | None]] = {}
+    makers: dict[str, Callable[[], Grammar]] = {}
     form, outputs = body.response_format, body.structured_outputs
     if isinstance(form, JsonObjectFormat | JsonSchemaFormat):
         makers["response_format"] = partial(_format_grammar, form)
     if outputs is not None:
         makers["structured_outputs"] = partial(_outputs_grammar, outputs)
-    if tools is not None:
-        makers["tools"] = tools.grammar
-    if not makers:
+    if not makers and tools is None:
         return None
-    param, *others = makers
-    if others:
+    param, *others = [*makers, "tools"]
+    if len(makers) == 2:
         raise invalid(f"{param} and {others[0]} both say what the answer must be; give one", others[0])
-    is_open = tools is not None and tools.choice == "auto"
+    is_open = not makers and tools is not None and tools.choice == "auto"
     for field in ("ignore_eos", "min_tokens"):
         if getattr(body, field) and not is_open:
             raise invalid(f"{field} contradicts {param}, which says where the answer ends", field)
     try:
-        grammar = makers[param]()
+        text = makers[param]() if makers else None
+        if tools is None:
+            assert text is not None
+            return GrammarRequest(text if around is None else around(text), param)
+        joined = replace(tools, answer=text)
+        grammar = joined.grammar()
     except ValueError as error:
         raise invalid(f"{param} cannot be used: {error}", param) from None
-    mend = tools.mended if tools is not None and param == "tools" else None
-    return None if grammar is None else GrammarRequest(grammar, param, mend)
+    return None if grammar is None else GrammarRequest(grammar, "tools", is_open, joined.mended)
 
 
 def _format_grammar(form: JsonObjectFormat | JsonSchemaFormat) -> Grammar:

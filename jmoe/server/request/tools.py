@@ -46,6 +46,7 @@ class ToolUse:
     dialect: how its calls are written.
     is_parallel: whether it may have several calls.
     num_calls: number of calls in the conversation before it.
+    answer: grammar of its text if it calls nothing; None = any text.
     """
 
     functions: list[Function]
@@ -54,6 +55,7 @@ class ToolUse:
     dialect: Dialect
     is_parallel: bool = True
     num_calls: int = 0
+    answer: Grammar | None = None
 
     def grammar(self, open_names: Collection[str] = ()) -> Grammar | None:
         """Returns the grammar of the answer; None if it is free text.
@@ -61,7 +63,11 @@ class ToolUse:
         open_names: functions whose arguments are any object, unless they are strict.
         """
         return self.dialect.grammar(
-            self.functions, self.choice, parallel=self.is_parallel, open_names=open_names
+            self.functions,
+            self.choice,
+            parallel=self.is_parallel,
+            open_names=open_names,
+            answer=self.answer,
         )
 
     def mended(self, check: Callable[[Grammar], None]) -> Grammar:

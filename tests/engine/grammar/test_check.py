@@ -149,7 +149,7 @@ def test_a_panic_fails_one_answer_and_nothing_else():
         consume_token = deep_copy = validate_tokens = compute_bitmask
         is_accepting = is_stopped = bool
 
-    constraint = GrammarConstraint(Panics(), 1, [])
+    constraint = GrammarConstraint(Panics(), 1, [], has_inner_text=False)
     for call in (constraint.allowed, lambda: constraint.is_allowed(0), lambda: constraint.accept(0)):
         with pytest.raises(ValueError, match="llguidance failed: index out of bounds"):
             call()

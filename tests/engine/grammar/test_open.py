@@ -69,6 +69,24 @@ def test_free_text_is_open_and_a_call_is_closed(compiler):
     assert seen == [True, False, False, True, True, False]
 
 
+@pytest.mark.parametrize("has_inner_text", [True, False])
+def test_text_inside_of_an_answer_is_open_from_its_first_mask_on(compiler, has_inner_text):
+    """A message before the last one is free text, although the answer may not end in it."""
+    grammar = Grammar("lark", 'start: "<a>" /[^<]*/ "</a>" /[0-9]/', has_inner_text)
+    constraint, seen = compiler.compile(grammar).constraint(), []
+    for part in ("<a>", "Once upon a time", "</a>"):
+        for token in TINY.encode(part).ids:
+            if not constraint.is_open:
+                constraint.allowed()
+            constraint.accept(token)
+        seen.append(constraint.is_open)
+    assert seen == [False, has_inner_text, has_inner_text]
+    assert not constraint.is_allowed(TINY.encode("x").ids[0])
+    constraint.allowed()  # as after a refusal
+    constraint.accept(TINY.encode("7").ids[0])
+    assert not constraint.is_open
+
+
 def test_what_nothing_can_follow_is_closed(compiler):
     """Its mask has end tokens alone, so it needs no second draw to find them."""
     constraint = compiler.compile(Grammar("regex", "ab?")).constraint()

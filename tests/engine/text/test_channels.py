@@ -92,7 +92,7 @@ def test_without_the_marks_as_special_tokens_words_are_words(tmp_path):
 
 @pytest.fixture
 def client(codec, tmp_path):
-    # A message cannot spell control tokens; the template can, and the engine of these tests answers with them.
+    # No message can spell a control token, but the template can. The tests' engine answers with the prompt.
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}" + THOUGHT + FINAL)
     with served(FakeEngine(codec, max_model_len=400, vocab_size=300), tmp_path) as client:
         yield client

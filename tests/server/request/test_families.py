@@ -16,6 +16,7 @@ from jmoe.engine.grammar.grammar import GrammarCompiler
 from jmoe.engine.text.codec import TextCodec
 from jmoe.engine.text.detokenizer import Detokenizer
 from jmoe.server.dialects.events import Arguments, CallEnd, CallStart, PlainText
+from jmoe.server.errors import ApiError
 from jmoe.server.request.conversation.chat_model import ChatModel
 
 MARKER = re.compile(r"<\|\w+\|>|<｜[^｜]+｜>|</?(?:tool_call|think|arg_key|arg_value)>|\[/?[A-Z_]+\]")
@@ -87,6 +88,59 @@ def test_an_answer_with_calls_is_allowed_and_read(name: str, tmp_path):
     text, thoughts, calls = read(chat, chat.codec.encode(before, special=False) + content)
     assert (text.strip(), calls) == (said.strip(), CALLS)
     assert thoughts == (THOUGHTS if thinking.start else "") or "<tool_call>" not in thoughts
+
+
+SCHEMA = {"type": "object", "properties": {"days": {"type": "integer"}}, "required": ["days"]}
+FORM = {"type": "json_schema", "json_schema": {"name": "days", "schema": SCHEMA}}
+NUMBERS = {"regex": "[0-9]+/[0-9]+"}
+
+
+def accepts(chat: ChatModel, written: str, **fields) -> bool:
+    """Returns whether the answer's grammar allows the text, and an end after it."""
+    assert chat.codec is not None
+    end = chat.codec.tokenizer.token_to_id("<|endoftext|>")
+    chosen = checked(chat, [ASKED], **fields).grammar
+    assert end is not None and chosen is not None
+    constraint = GrammarCompiler(chat.codec.tokenizer, chat.codec.vocab_size, [end]).compile(chosen.grammar)
+    state = constraint.constraint()
+    for id in chat.codec.encode(written, special=False):
+        if not state.is_allowed(id):
+            return False
+        state.accept(id)
+    return state.is_allowed(end)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in AT_START])
+def test_an_answer_with_tools_and_a_form_calls_or_has_the_form(name: str, tmp_path):
+    chat, tools = family(name, tmp_path), {"tools": [LOOK, STOP]}
+    called = WRITERS[FAMILIES[name]](CALLS[:1], plain)
+    for asked, text in (
+        ({"response_format": FORM}, '{"days": 3}'),
+        ({"structured_outputs": NUMBERS}, "12/3"),
+    ):
+        both = tools | asked
+        assert accepts(chat, called, **both) and accepts(chat, text, **both)
+        assert not accepts(chat, "three days", **both) and not accepts(chat, '{"days": "3"}', **both)
+    assert accepts(chat, called, response_format=FORM, tool_choice="required", **tools)
+    assert not accepts(chat, '{"days": 3}', response_format=FORM, tool_choice="required", **tools)
+
+
+@pytest.mark.parametrize("name", AT_START)
+def test_a_form_that_a_call_could_be_mistaken_for_is_refused(name: str, tmp_path):
+    with pytest.raises(ApiError, match="may begin as a text does"):
+        checked(family(name, tmp_path), [ASKED], tools=[LOOK], response_format=FORM)
+
+
+def test_harmony_thinks_before_an_answer_with_a_form(tmp_path):
+    chat, final = family("harmony", tmp_path), "<|channel|>final<|message|>"
+    thought = "<|channel|>analysis<|message|>Days.<|end|><|start|>assistant"
+    for before in ("", thought):
+        assert accepts(chat, before + final + '{"days": 3}', response_format=FORM)
+        assert not accepts(chat, before + final + "three", response_format=FORM)
+        both = {"response_format": FORM, "tools": [LOOK, STOP]}
+        assert accepts(chat, before + final + '{"days": 3}', **both)
+        call = "<|channel|>commentary to=functions.stop <|constrain|>json<|message|>{}"
+        assert accepts(chat, before + call, **both) and not accepts(chat, before + call, response_format=FORM)
 
 
 def test_thoughts_that_the_prompt_opens_end_before_the_calls(tmp_path):

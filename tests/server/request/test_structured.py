@@ -213,7 +213,6 @@ BAD = [
     ({"structured_outputs": REGEX, "response_format": {"type": "json_object"}}, "structured_outputs", VALUE),
     ({"structured_outputs": REGEX, "ignore_eos": True}, "ignore_eos", VALUE),
     ({"structured_outputs": REGEX, "min_tokens": 1, "max_tokens": 2}, "min_tokens", VALUE),
-    ({"structured_outputs": REGEX, "tools": TOOLS, "tool_choice": "required"}, "tools", VALUE),
     ({"tools": TOOLS}, "tool_choice", UNSUPPORTED),
     ({"tools": TOOLS, "tool_choice": "auto"}, "tool_choice", UNSUPPORTED),
     ({"tool_choice": "required"}, "tool_choice", VALUE),

@@ -13,7 +13,7 @@ from support.server.fake_engine import ByteCodec
 
 from jmoe.engine.request import Output
 from jmoe.engine.text.codec import TextCodec
-from jmoe.engine.text.markup import PLAIN
+from jmoe.engine.text.markup import Markup
 from jmoe.server.answer.calls import ToolFormat
 from jmoe.server.answer.formats import ChoiceFields
 from jmoe.server.dialects.events import Arguments, CallEnd, CallStart, Choice, PlainText
@@ -119,7 +119,7 @@ def test_marks_stand_for_the_tokens_of_calls_and_thoughts(tmp_path):
     assert set(marked.marks) == set(ids) and len(set(marked.marks.values())) == 4
     assert all("\ue000" <= mark <= "\uf8ff" for mark in marked.marks.values())
     granite = prompted(model("granite", ByteCodec()), USER, tools=TOOLS).markup
-    assert granite == PLAIN, "text of ordinary tokens needs no marks"
+    assert granite == Markup(call_start="<|tool_call|>"), "text of ordinary tokens needs no marks"
 
 
 def test_the_model_s_turn_ends_hold_where_the_answer_is_free(hermes):
@@ -138,10 +138,11 @@ def test_a_checked_chat_cannot_change():
         checked().tools = None  # type: ignore[misc]
 
 
-def test_two_grammars_are_refused():
-    with pytest.raises(ApiError, match="tools both say what the answer must be") as refusal:
-        checked(tools=TOOLS, tool_choice=NAMED, response_format={"type": "json_object"})
-    assert msgspec.json.decode(refusal.value.response().body)["error"]["param"] == "tools"
+def test_two_forms_of_the_text_are_refused():
+    both = {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}
+    with pytest.raises(ApiError, match="structured_outputs both say what the answer must be") as refusal:
+        checked(**both)
+    assert msgspec.json.decode(refusal.value.response().body)["error"]["param"] == "structured_outputs"
 
 
 # Answers of models without a format that call the functions ``look`` and ``stop``, with their content.
@@ -192,13 +193,16 @@ class Free:
 
     name, choices = "free", frozenset[Choice](("auto",))
     marks: Mapping[int, str] = MappingProxyType({})
-    followed = Followed()
+    followed, call_start = Followed(), ""
 
     def new_id(self, name, number):
         return name
 
-    def grammar(self, functions, choice, *, parallel, open_names=()):
+    def grammar(self, functions, choice, *, parallel, open_names=(), answer=None):
         return None
+
+    def around(self, answer):
+        return answer
 
     def reader(self, choice, functions):
         return Spelled()

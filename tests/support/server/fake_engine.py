@@ -215,7 +215,7 @@ class FakeEngine:
             listener.token(request, now)
         texts = self.texts.get(request.id)
         text, finish, why = "", None, None
-        if token == EOS and not params.ignore_eos:
+        if token in self.facts.end_ids and not params.ignore_eos:
             text, finish = texts.push_end(token) if texts else "", "stop"
         elif texts:
             text = texts.push(token)

@@ -16,13 +16,20 @@ from jmoe.server.dialects.reading.scanner import GAP, Marker, literal_pattern
 
 
 def calls_grammar(
-    form: Format, ids: Mapping[str, int], functions: Sequence[Parameters], choice: Choice, *, parallel: bool
+    form: Format,
+    ids: Mapping[str, int],
+    functions: Sequence[Parameters],
+    choice: Choice,
+    *,
+    parallel: bool,
+    answer: str | None = None,
 ) -> Grammar:
     """Returns the grammar; raises ValueError if it is too long, or for a rule of a strict function that the
     format cannot express.
 
     ids: token id of each private character in ``form``.
     parallel: whether an answer may have several calls.
+    answer: right side of a Lark rule that derives the text of an answer without calls; None = any text.
     """
     lark = Lark(ids)
     is_many = parallel and choice != "named"
@@ -32,9 +39,11 @@ def calls_grammar(
     rest = f"{more} {lark.literal(form.end)}" if form.end else more
     lines += f"body: calls{rest}\n"
     opening = form.begin + form.opens
-    if choice != "auto":
+    if choice != "auto" or answer is not None:
         again = f" ({lark.literal(form.between + opening)} body)*" if is_many and not form.is_list else ""
         start = f"{lark.literal(opening)} body{again}"
+        if choice == "auto":
+            start, lines = f"{start} | text", f"{lines}text: {answer}\n"
     elif form.is_at_start:
         first, pattern = f"{lark.literal(opening)} calls", Marker(opening).pattern
         if not form.opens:  # only a bracket: the answer is a call if a function's name follows
