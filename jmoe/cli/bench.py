@@ -226,7 +226,7 @@ def run_moe_layer(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             progress=bars,
         )
-    report |= {} if model is None else model.report
+    report |= {"model": args.model} | ({} if model is None else model.report)
     if hasattr(args, "json"):
         print(json.dumps(report))
         return 0

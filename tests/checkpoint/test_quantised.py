@@ -116,7 +116,9 @@ def generate(folder, **settings) -> list[list[int]]:
         return [list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, params)]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["int4", *(pytest.param(m, marks=pytest.mark.matrix) for m in METHODS if m != "int4")]
+)
 def test_offloaded_experts_keep_their_form(folder, method):
     want = generate(folder / "plain", quantization=method)
     moe = MoEConfig(offload=OffloadConfig(slots_per_layer=4))

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from jmoe.server.answer.calls import call_id
+from jmoe.server.dialects.ids import letters
 from jmoe.server.errors import ApiError
 from jmoe.server.request.checks import check_chat
 from jmoe.server.request.conversation.chat_model import ChatModel
@@ -59,7 +59,7 @@ def rendered(template: str | ChatTemplate, messages: list[dict], **fields) -> st
 
 
 def called(arguments, **more) -> list[dict]:
-    call = {"id": call_id(), "type": "function", "function": {"name": "f", "arguments": arguments}}
+    call = {"id": letters(), "type": "function", "function": {"name": "f", "arguments": arguments}}
     return [{"role": "assistant", "content": "", "tool_calls": [call | more]}]
 
 
@@ -159,7 +159,7 @@ def test_tools_keep_their_keys_in_their_order():
 
 
 def test_ids_that_jmoe_gives_are_those_that_templates_demand():
-    ids = {call_id() for _ in range(1000)}
+    ids = {letters() for _ in range(1000)}
     assert len(ids) == 1000 and all(len(id) == 9 and id.isascii() and id.isalnum() for id in ids)
 
 

@@ -37,8 +37,8 @@ def test_openai_client_streams_what_it_also_gets_whole():
             assert "".join(parts) == choice.text == "abca" and len(parts) == 6
         assert chunks[-1].usage == whole.usage
         with pytest.raises(openai.BadRequestError) as error:
-            client.completions.create(model="fake", prompt="abc", n=2, presence_penalty=1)
-        assert error.value.param == "presence_penalty" and error.value.code == "unsupported_parameter"
+            client.completions.create(model="fake", prompt="abc", n=2, best_of=3)
+        assert error.value.param == "best_of" and error.value.code == "unsupported_parameter"
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve("other")
         with pytest.raises(openai.AuthenticationError):

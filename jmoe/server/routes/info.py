@@ -8,9 +8,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jmoe import __version__
+from jmoe.server.answer.info_replies import Model, Models, Status, Text, Tokens, Version
 from jmoe.server.answer.logprobs import token_name
 from jmoe.server.answer.pieces import PiecesResponse, encoded, joined
-from jmoe.server.answer.replies import Model, Models, Status, Text, Tokens, Version
 from jmoe.server.errors import invalid, json_response, refused
 from jmoe.server.request.bounds import MAX_TOKENIZED
 from jmoe.server.request.checks import check_chat

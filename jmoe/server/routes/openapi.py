@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from jmoe.server.answer.replies import Model
+from jmoe.server.answer.info_replies import Model
 from jmoe.server.route_record import EVENTS, JSON, Route
 
 ERRORS = {

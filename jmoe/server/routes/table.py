@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jmoe import __version__
-from jmoe.server.answer import replies
+from jmoe.server.answer import info_replies, replies
 from jmoe.server.answer.anthropic.replies import MessageEvent, MessageReply, TokenCount
 from jmoe.server.answer.responses.replies import Deleted, InputTokens, ResponseEvent, ResponseReply
 from jmoe.server.errors import AnthropicError, json_response
@@ -21,7 +21,7 @@ from jmoe.server.routes import dashboard, generate, info, messages, responses
 from jmoe.server.routes.openapi import openapi_document
 from jmoe.server.service import Service
 
-STATUS = {JSON: replies.Status}
+STATUS = {JSON: info_replies.Status}
 PAGE = {"text/html": str}
 GENERATES = (400, 404, 408, 413, 415, 503)
 
@@ -53,14 +53,14 @@ ROUTES: tuple[Route[Service], ...] = (
         "GET", "/ping", info.ready, "The same as /ready", STATUS, (503,),
         is_open=True, is_quiet=True, is_probe=True,
     ),
-    Route("GET", "/version", info.version, "The server's version", {JSON: replies.Version}),
-    Route("GET", "/v1/models", info.models, "The served models", {JSON: replies.Models}),
+    Route("GET", "/version", info.version, "The server's version", {JSON: info_replies.Version}),
+    Route("GET", "/v1/models", info.models, "The served models", {JSON: info_replies.Models}),
     Route(  # a model's name may hold slashes
-        "GET", "/v1/models/{id:path}", info.model, "One served model", {JSON: replies.Model}, (404,),
+        "GET", "/v1/models/{id:path}", info.model, "One served model", {JSON: info_replies.Model}, (404,),
     ),
     Route(
         "GET", "/moe/stats", dashboard.stats, "What the experts did, by layer and expert",
-        {JSON: replies.MoEStats}, (503,),
+        {JSON: info_replies.MoEStats}, (503,),
     ),
     # Without a summary: it never ends, and who tries every operation of the document would wait for it.
     Route("GET", "/moe/events", dashboard.events, None, {}),
@@ -112,11 +112,11 @@ ROUTES: tuple[Route[Service], ...] = (
         CountRequest, {"messages": [{"role": "user", "content": "Hello"}]}, error=AnthropicError,
     ),
     Route(
-        "POST", "/tokenize", info.tokenize, "Text to token ids", {JSON: replies.Tokens}, GENERATES,
+        "POST", "/tokenize", info.tokenize, "Text to token ids", {JSON: info_replies.Tokens}, GENERATES,
         TokenizeRequest, {"prompt": "Hello"},
     ),
     Route(
-        "POST", "/detokenize", info.detokenize, "Token ids to text", {JSON: replies.Text}, GENERATES,
+        "POST", "/detokenize", info.detokenize, "Token ids to text", {JSON: info_replies.Text}, GENERATES,
         DetokenizeRequest, {"tokens": [1, 2]},
     ),
 )  # fmt: skip

@@ -83,7 +83,7 @@ def bench_moe_layer(
         rows.append(measure(run, cfg, point, stacks, iterations, one))
         progress("bench", i, len(points))
     return {
-        "model": model,
+        "model": str(model),
         "experts": experts,
         "experts_per_token": k,
         "expert_bytes": one,

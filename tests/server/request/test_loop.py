@@ -15,8 +15,9 @@ from support.server.fake_engine import TEMPLATE, ByteCodec, FakeEngine
 from support.server.loop_watch import served_here, unheld
 from support.server.raw_http import ask, events, post
 
+from jmoe.server.answer.info_replies import Models, Tokens
 from jmoe.server.answer.pieces import encoded, joined
-from jmoe.server.answer.replies import Delta, Models, Tokens
+from jmoe.server.answer.replies import Delta
 from jmoe.server.errors import ApiError
 from jmoe.server.request import bounds, structured
 from jmoe.server.request.bounds import check_json, exceeds

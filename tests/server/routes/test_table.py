@@ -11,7 +11,7 @@ from starlette.responses import Response
 from support.server.fake_engine import ByteCodec, FakeEngine, served
 
 from jmoe.server import app
-from jmoe.server.answer import replies
+from jmoe.server.answer import info_replies
 from jmoe.server.errors import json_response
 from jmoe.server.route_record import JSON, Route
 from jmoe.server.routes import table
@@ -26,7 +26,7 @@ async def new(service: Service, request: Request) -> Response:
     return json_response({"status": "ok"})
 
 
-NEW = Route("GET", "/new", new, "A new one", {JSON: replies.Status})
+NEW = Route("GET", "/new", new, "A new one", {JSON: info_replies.Status})
 
 
 def names(fact: str) -> dict[str, object]:
