@@ -62,7 +62,7 @@ def run(
     model: str, texts: list[str], attention: str, shuffle: ShuffleConfig | None
 ) -> tuple[list[list[int]], dict[str, Any]]:
     moe = MoEConfig(shuffle=shuffle, transport="ragged_all_to_all")
-    sizes = {"max_num_seqs": SEQUENCES, "max_model_len": 64, "max_num_batched_tokens": 64}
+    sizes: dict[str, Any] = {"max_num_seqs": SEQUENCES, "max_model_len": 64, "max_num_batched_tokens": 64}
     greedy = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True)
     with LLM(
         model, moe=moe, attention=attention, expert_parallel_size=RANKS, data_parallel_size=GROUPS,
