@@ -265,7 +265,7 @@ class Engine:
             return
         if output.finish_reason is not None:
             self._end(request, output)
-        elif (failure := accept(request, token)) is not None:
+        elif (failure := accept(request, token, self.end_ids)) is not None:
             self._fail(request, failure, invalid=True)
         else:
             request.emit(output)

@@ -320,3 +320,16 @@ def test_text_with_calls_is_that_of_masks_at_every_step(llm: LLM, name: str):
         assert masks == 0
     elif name in ("a word", "a comma", "in a word"):
         assert masks < drawn / 2
+
+
+def test_end_tokens_that_are_ignored_close_nothing(llm: LLM):
+    """After its end a grammar allows end tokens alone, so every later step would need a mask."""
+    end = min(llm.engine.end_ids)
+    params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True, logit_bias=((end, 9.0),))
+    free, constraint = (
+        serve(llm.engine, [llm.encode("The")], params)[0][0],
+        Counted(llm._grammars.compile(GRAMMARS["free text"]).constraint()),
+    )
+    [request], _ = run(llm.engine, [llm.encode("The")], [params], [constraint])
+    assert end in request.token_ids and request.token_ids == free.token_ids
+    assert constraint.num_masks == 0 and {*request.token_ids} - {end, *constraint.taken} == set()

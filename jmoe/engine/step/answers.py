@@ -29,9 +29,10 @@ def _detokenizer(request: Request, codec: TextCodec) -> Detokenizer:
     )
 
 
-def accept(request: Request, token: int) -> str | None:
-    """Advances the request's grammar by a token; returns the cause if that fails, else None."""
-    if request.constraint is None:
+def accept(request: Request, token: int, end_ids: Collection[int]) -> str | None:
+    """Advances the request's grammar by a token; returns the cause if that fails, else None. An end token of
+    the model that the request ignores is no part of the text that the grammar derives."""
+    if request.constraint is None or (request.params.ignore_eos and token in end_ids):
         return None
     try:
         request.constraint.accept(token)
