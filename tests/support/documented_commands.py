@@ -83,6 +83,7 @@ COMMANDS: dict[str, list[Command]] = {
             f"scripts/study.py serving --data {{data}} --parts traces --max-requests 3 --max-num-seqs 2 {OUT}"
         ),
         Command("scripts/study.py serving --parts host --sizes {sizes} --dry"),
+        Command("scripts/study.py serving --data {data} --parts tools --dry"),
         Command("scripts/study.py ttft --model {sizes} --dry"),
         Command("scripts/study.py quantised --parts speed --dry --sizes {sizes} --types --threads 1"),
         Command("scripts/study.py quantised --parts streaming vllm start --dry --sizes {sizes} --threads 1"),

@@ -2,7 +2,7 @@
 
 Parts: transformers (``transformers serve`` with continuous batching) and vllm (``vllm serve``), each of which
 takes turns with ``jmoe serve``; traces (recorded arrivals on ``jmoe serve``); host (what the host takes of a
-decode step). All of them need an idle machine.
+decode step); tools (what tools cost an answer that is plain text). All of them need an idle machine.
 """
 
 import argparse
@@ -23,11 +23,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--model", default="tiny", help="transformers, vllm, traces: tiny, or a Hugging Face directory")
     add("--sizes", type=Path, default=OLMOE, help="host: of the random model; or tiny, or a directory")
     add("--dtype", choices=DTYPES, default="auto", help="transformers, vllm, host: of the weights")
-    add("--rounds", type=size, default=5, help="transformers, vllm, host: paired rounds")
+    add("--rounds", type=size, default=5, help="transformers, vllm, host, tools: paired rounds")
     add("--concurrency", type=size, nargs="+", default=[32], help="transformers, vllm: a row each")
     add("--requests", type=size, help="transformers, vllm: of a round; by default 4 times the concurrency")
     add("--input-len", type=size, default=64, help="transformers, vllm: words of a prompt")
-    add("--output-len", type=at_least(2), default=64, help="transformers, vllm: tokens of an answer")
+    add("--output-len", type=at_least(2), default=64, help="transformers, vllm, tools: tokens of an answer")
     add(
         "--prefill-len",
         type=size,
@@ -68,6 +68,12 @@ def host(args: argparse.Namespace, results: Results) -> Results:
     return measure(args)
 
 
+def tools(args: argparse.Namespace, results: Results) -> Results:
+    from studies.serving.tools import measure
+
+    return measure(args)
+
+
 STUDY = Study(
     "serving",
     __doc__ or "",
@@ -76,6 +82,7 @@ STUDY = Study(
         Part("vllm", vllm, "", COMPARED),
         Part("traces", traces, "workloads", ("model", "max_requests", "max_num_seqs")),
         Part("host", host, "", ("sizes", "dtype", "rounds", "batch", "context", "new")),
+        Part("tools", tools, "valid", ("rounds", "output_len")),
     ),
     add_options,
     ("tables",),

@@ -8,6 +8,7 @@ from shared.protocol import paired_ratio
 from shared.results import table
 
 HOST_TARGET = 0.05
+TOOLS_TARGET = 1.05
 ROWS = {
     "output_throughput": ("output tokens/s", 1),
     "median_ttft_ms": ("TTFT, median, ms", 1),
@@ -110,6 +111,18 @@ def step(host: dict[str, Any]) -> str:
         ["busy host, as the engine reports it", f"{host['host_ms']:.3f}"],
     ]
     return table(["", "ms a step"], rows)
+
+
+def tools(part: dict[str, Any]) -> str:
+    """Returns the table of the times per token, with tools and without."""
+    rows = []
+    for count, times in part["rows"].items():
+        medians = (f"{statistics.median(times[kind]):.2f}" for kind in ("text", "tools"))
+        median, least, most = paired_ratio(times["tools"], times["text"])
+        verdict = "met" if median <= TOOLS_TARGET else "missed"
+        rows.append([count, *medians, f"{median:.3f} ({least:.3f}..{most:.3f})", verdict])
+    head = ["at a time", "TPOT without tools, ms", "with tools, ms", "ratio", f"at most {TOOLS_TARGET}"]
+    return table(head, rows)
 
 
 def met(share: float) -> str:
