@@ -1,8 +1,8 @@
 """Measures what tools cost an answer that is plain text: the same prompts with ``tools`` and without.
 
 A grammar that may call holds the whole answer, but free text needs no mask and no wait for the host. The copy
-of the model ends no turn at a line's end, and its template shows the tools to every conversation. So both kinds
-of requests have the same prompts and lengths. Rounds alternate, in opposite order every other one.
+of the model ends no turn at a line's end, and its template shows the tools to every conversation. So both
+kinds of requests have the same prompts and lengths. Rounds alternate, in opposite order every other one.
 """
 
 import argparse
