@@ -88,7 +88,7 @@ def columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("method", ["int8", "int4", "fp8", "mxfp4"])
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [pytest.param((1, 1, 1), marks=pytest.mark.matrix), (2, 2, 2)])
 def test_experts_in_columns_compute_what_rows_do(method, sizes, model: Path, tmp_path: Path, request):
     mesh, ids, how = make_mesh(*sizes), jax.numpy.arange(32).reshape(4, 8), Quantize(method)
     want = logits_of(load_model(model, mesh, PORTABLE, quantize=how), ids)
@@ -115,7 +115,7 @@ def test_stacks_of_offloaded_experts_in_columns(method, model: Path, columns):
 
 
 @pytest.mark.parametrize("method", ["int8", "int4", "fp8", "mxfp4"])
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 1)])
+@pytest.mark.parametrize("sizes", [pytest.param((1, 1, 1), marks=pytest.mark.matrix), (1, 2, 1)])
 def test_experts_in_tiles_compute_what_rows_do(method, sizes, model: Path, monkeypatch: pytest.MonkeyPatch):
     mesh, ids, how = make_mesh(*sizes), jax.numpy.arange(32).reshape(4, 8), Quantize(method)
     want = logits_of(load_model(model, mesh, PORTABLE, quantize=how), ids)

@@ -14,6 +14,7 @@ EXPERT = 3 * CFG["hidden_size"] * CFG["moe_intermediate_size"] * 2  # bytes, bfl
 WHERE = ("--model", str(QWEN), "--slice", "v5e:2x2", "--mesh", "1x1x1", "--layers", str(LAYERS))
 pytestmark = [
     pytest.mark.aot,
+    pytest.mark.matrix,  # two and a half minutes
     pytest.mark.skipif(tpu_aot.why_not() is not None, reason=str(tpu_aot.why_not())),
 ]
 
@@ -80,7 +81,6 @@ def test_what_is_missing_comes_in_loops(offloaded: list[dict]):
     assert "entry" not in prefill["host_copies"]
 
 
-@pytest.mark.matrix
 def test_every_rank_of_a_mesh_has_its_own_experts_and_prefetches_meanwhile():
     """Host memory, pool and prefetches belong to a rank; a few kilobytes move between ranks for them."""
     where = (*WHERE[:4], "--mesh", "1x4x1", *WHERE[6:], "--step", "decode")

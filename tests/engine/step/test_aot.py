@@ -74,6 +74,7 @@ def test_bytes_between_chips_are_those_of_the_transport(on_tpu: list[dict]):
 
 
 @needs_tpu_compiler
+@pytest.mark.matrix
 def test_attention_over_the_experts_ranks_scatters_instead_of_reducing_all():
     """Heads lie over 4 expert ranks: each half layer gathers a prompt's rows once and scatters them once.
 
