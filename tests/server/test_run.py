@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 from support.ports import own_port
-from support.server.fake_engine import ByteCodec, FakeEngine, eventually, listening
+from support.server.fake_engine import TEMPLATE, ByteCodec, FakeEngine, eventually, listening
 from support.server.processes import let_go, process
 from support.server.raw_http import post
 
@@ -61,6 +61,31 @@ def test_client_that_leaves_frees_its_requests():
         assert eventually(lambda: not engine.running and not server.service.generations)
         aborted = 'jmoe_request_success_total{finished_reason="abort"} 4.0'
         assert eventually(lambda: aborted in httpx.get(f"{url}/metrics", timeout=60).text)
+
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/v1/chat/completions", CHAT | {"max_tokens": 2000}),
+        ("/v1/messages", CHAT | {"max_tokens": 2000}),
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 2000, "stream": True}),
+    ],
+)
+def test_a_client_that_leaves_a_conversation_frees_its_request(route, body, tmp_path):
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    engine = slow_engine()
+    with listening(engine, tmp_path) as (url, server):
+        with httpx.stream("POST", f"{url}{route}", json=body, timeout=60) as response:
+            assert any("delta" in line for line in response.iter_lines()) and engine.running
+        assert eventually(lambda: not engine.running and not server.service.generations)
+        whole = body | {"stream": False}
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+            connection.sendall(post(route, whole))
+            assert eventually(lambda: engine.running)
+        assert eventually(lambda: not engine.running and not server.service.generations)
 
 
 def test_dead_engine_ends_streams_and_the_server():

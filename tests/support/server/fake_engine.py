@@ -292,9 +292,9 @@ def served(engine: FakeEngine, directory=None, **changes) -> Iterator[TestClient
 
 
 @contextlib.contextmanager
-def listening(engine: FakeEngine, **changes) -> Iterator[tuple[str, Server]]:
+def listening(engine: FakeEngine, directory=None, **changes) -> Iterator[tuple[str, Server]]:
     """Runs a real server on a free port of this machine in a thread; yields (its URL, the server)."""
-    server = Server(Service(engine, ServerSettings(**changes), None, "fake"))
+    server = Server(Service(engine, ServerSettings(**changes), directory, "fake"))
     bound = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     bound.listen()
