@@ -79,6 +79,7 @@ class FreeCalls:
     dialect: Any
     is_parallel: bool = True
     mended: None = None
+    answer: Any = None
 
     def grammar(self, open_names=()):
         return None

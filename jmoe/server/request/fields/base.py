@@ -17,7 +17,8 @@ Limit = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 StopText = Annotated[str, Meta(max_length=1024)]
 StopTexts = Annotated[list[Annotated[StopText, Meta(min_length=1)]], Meta(max_length=16)]
 # In Python ``$`` also matches before a last line end, which JavaScript's, and JSON Schema's, does not.
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$(?!\n)")]
+# OpenAI allows 64 characters, Anthropic 128.
+Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[a-zA-Z0-9_-]+$(?!\n)")]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Factor = Annotated[float, Meta(gt=0, le=2.0**127)]
