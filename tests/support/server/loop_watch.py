@@ -90,7 +90,6 @@ async def served_here(
     """Yields port and server, which runs on the running loop."""
     server = Server(Service(engine, ServerSettings(**changes), directory, "fake"), connection_limit)
     bound = bind("127.0.0.1", 0)
-    gc.collect()
     gc.freeze()  # as ``serve`` does
     task = asyncio.create_task(server.serve([bound]))
     while not server.started:
