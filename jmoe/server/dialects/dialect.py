@@ -1,6 +1,6 @@
 """The dialect of a model: the form of its calls over its own tokenizer."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from tokenizers import Tokenizer
@@ -16,6 +16,7 @@ from jmoe.server.dialects.grammars.schemas import Followed
 from jmoe.server.dialects.ids import new_id
 from jmoe.server.dialects.marks import apart_tokens, marked
 from jmoe.server.dialects.reader import FormatReader
+from jmoe.server.dialects.rules import AnswerRules
 
 
 class Dialect(Protocol):
@@ -28,11 +29,10 @@ class Dialect(Protocol):
         effect in calls too (``Markup.call_start``).
     followed: makes the schemas of functions ready for its grammars.
 
-    grammar: returns the grammar of a whole answer behind its thoughts, None if it is free text. ``parallel``
-        allows several calls; the arguments of functions in ``open_names`` that are not strict are any object;
-        the text of an answer without calls follows ``answer``. Raises ValueError for functions that no
-        grammar can follow, or that the dialect cannot join with ``answer``.
-    around: returns the grammar of a whole answer behind its thoughts whose text follows a grammar.
+    grammar: returns the grammar of a whole answer after its thoughts, None if it is free text. Raises
+        ValueError for functions that no grammar can follow, or that the dialect cannot join with a form of
+        the text.
+    around: returns the grammar of a whole answer after its thoughts whose text follows a grammar.
     reader: makes the reader of one answer.
     new_id: returns an id for a call of ``name``, the conversation's call ``number`` (from 0), in the form
         that the model knows.
@@ -49,15 +49,7 @@ class Dialect(Protocol):
     @property
     def followed(self) -> Followed: ...
 
-    def grammar(
-        self,
-        functions: Sequence[Function],
-        choice: Choice,
-        *,
-        parallel: bool,
-        open_names: Collection[str] = (),
-        answer: Grammar | None = None,
-    ) -> Grammar | None: ...
+    def grammar(self, rules: AnswerRules) -> Grammar | None: ...
     def around(self, answer: Grammar) -> Grammar: ...
     def reader(self, choice: Choice, functions: Sequence[Function]) -> Reader: ...
     def new_id(self, name: str, number: int) -> str: ...
@@ -89,25 +81,18 @@ class FormatDialect:
         is_bracket = self.form.is_at_start and not self.form.opens  # which a text may hold too
         return "" if is_bracket else self.marked.trigger
 
-    def grammar(
-        self,
-        functions: Sequence[Function],
-        choice: Choice,
-        *,
-        parallel: bool,
-        open_names: Collection[str] = (),
-        answer: Grammar | None = None,
-    ) -> Grammar | None:
-        parameters = [self.followed.parameters(function, open_names) for function in functions]
-        rule = None if answer is None else lark_rule(answer)
+    def grammar(self, rules: AnswerRules) -> Grammar | None:
+        parameters = [self.followed.parameters(each, rules.open_names) for each in rules.functions]
+        text = None if rules.answer is None else lark_rule(rules.answer)
         if self.is_harmony:
-            return harmony_grammar(self.tokens, parameters, choice, rule)
-        if answer is not None and self.form.is_at_start:
+            return harmony_grammar(self.tokens, parameters, rules.choice, text)
+        if text is not None and self.form.is_at_start:
             raise ValueError(
                 f"a call of {self.name!r} may begin as a text does, so the text can have no form"
             )
         ids = {mark: id for id, mark in self.marks.items()}
-        return calls_grammar(self.marked, ids, parameters, choice, parallel=parallel, answer=rule)
+        kind = {"parallel": rules.is_parallel, "answer": text}
+        return calls_grammar(self.marked, ids, parameters, rules.choice, **kind)
 
     def around(self, answer: Grammar) -> Grammar:
         """Returns the grammar itself, or with harmony's channels around it; Lark stays as it is given."""

@@ -6,13 +6,14 @@ it grows.
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from jmoe.engine.grammar.grammar import Grammar
 from jmoe.server.dialects.events import Arguments, CallEnd, CallStart, Choice, Event, Function
 from jmoe.server.dialects.grammars.schemas import Followed
 from jmoe.server.dialects.ids import letters
 from jmoe.server.dialects.reading.arguments import OUTSIDE, Extent
+from jmoe.server.dialects.rules import AnswerRules
 
 
 class JsonCall:
@@ -26,23 +27,15 @@ class JsonCall:
     def __init__(self) -> None:
         self.followed = Followed()
 
-    def grammar(
-        self,
-        functions: Sequence[Function],
-        choice: Choice,
-        *,
-        parallel: bool,
-        open_names: Collection[str] = (),
-        answer: Grammar | None = None,
-    ) -> Grammar | None:
-        """Returns the grammar of one call, so ``parallel`` and ``answer`` have no effect."""
-        calls, rules = [], []
-        for i, function in enumerate(functions):
+    def grammar(self, rules: AnswerRules) -> Grammar | None:
+        """Returns the grammar of one call, so the rules for several and for text have no effect."""
+        calls, lines = [], []
+        for i, function in enumerate(rules.functions):
             calls.append(f'{json.dumps(_opening(function.name))} arguments_{i} "}}"')
-            parameters = self.followed.parameters(function, open_names)
-            rules.append(f"arguments_{i}: %json {parameters.json()}")
-        start = "arguments_0" if choice == "named" else " | ".join(calls)
-        return Grammar("lark", "\n".join([f"start: {start}", *rules, ""]))
+            parameters = self.followed.parameters(function, rules.open_names)
+            lines.append(f"arguments_{i}: %json {parameters.json()}")
+        start = "arguments_0" if rules.choice == "named" else " | ".join(calls)
+        return Grammar("lark", "\n".join([f"start: {start}", *lines, ""]))
 
     def around(self, answer: Grammar) -> Grammar:
         return answer

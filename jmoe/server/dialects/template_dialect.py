@@ -4,7 +4,7 @@ Its answers are free text, and its calls are told when the answer is whole.
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from jmoe.engine.grammar.grammar import Grammar
 from jmoe.server.dialects.events import (
@@ -21,6 +21,7 @@ from jmoe.server.dialects.grammars.schemas import Followed
 from jmoe.server.dialects.ids import letters
 from jmoe.server.dialects.marks import FIRST
 from jmoe.server.dialects.response_template import ResponseTemplate
+from jmoe.server.dialects.rules import AnswerRules
 
 
 class TemplateDialect:
@@ -39,17 +40,9 @@ class TemplateDialect:
         self.names = {chr(FIRST + i): name for i, name in enumerate(found)}
         self.marks = {tokens[name]: mark for mark, name in self.names.items()}
 
-    def grammar(
-        self,
-        functions: Sequence[Function],
-        choice: Choice,
-        *,
-        parallel: bool,
-        open_names: Collection[str] = (),
-        answer: Grammar | None = None,
-    ) -> Grammar | None:
+    def grammar(self, rules: AnswerRules) -> Grammar | None:
         """Returns None: the answer is free text. Raises ValueError if its text has a form."""
-        if answer is not None:
+        if rules.answer is not None:
             raise ValueError(
                 f"calls by the checkpoint's {self.name} cannot be joined with a form of the text"
             )

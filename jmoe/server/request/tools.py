@@ -8,6 +8,7 @@ from jmoe.engine.grammar.grammar import Grammar
 from jmoe.server.dialects.dialect import Dialect
 from jmoe.server.dialects.events import Choice, Reader
 from jmoe.server.dialects.json_call import JsonCall
+from jmoe.server.dialects.rules import AnswerRules
 from jmoe.server.errors import invalid, unsupported
 from jmoe.server.request.fields.chat import AllowedTools, Function, Message, NamedTool
 from jmoe.server.request.schema import ChatRequest
@@ -62,13 +63,8 @@ class ToolUse:
 
         open_names: functions whose arguments are any object, unless they are strict.
         """
-        return self.dialect.grammar(
-            self.functions,
-            self.choice,
-            parallel=self.is_parallel,
-            open_names=open_names,
-            answer=self.answer,
-        )
+        rules = AnswerRules(self.functions, self.choice, self.is_parallel, open_names, self.answer)
+        return self.dialect.grammar(rules)
 
     def mended(self, check: Callable[[Grammar], None]) -> Grammar:
         """Returns a grammar that ``check`` accepts after it has refused that of the tools as they are

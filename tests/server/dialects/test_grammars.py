@@ -16,6 +16,7 @@ from jmoe.engine.grammar.grammar import GrammarCompiler
 from jmoe.server.dialects.dialect import format_dialect
 from jmoe.server.dialects.events import Arguments, CallEnd, CallStart, PlainText
 from jmoe.server.dialects.formats import FORMATS
+from jmoe.server.dialects.rules import AnswerRules
 
 HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|constrain|>", "<|call|>")
 TEXT = {"type": "string"}
@@ -102,7 +103,7 @@ class Model:
 
     def compiled(self, name, choice="auto", *, parallel=True, functions=FUNCTIONS):
         functions = functions[:1] if choice == "named" else functions
-        made = self.dialects[name].grammar(functions, choice, parallel=parallel)
+        made = self.dialects[name].grammar(AnswerRules(functions, choice, parallel))
         return self.compiler.compile(made)
 
     def allows(self, compiled, ids):
@@ -274,7 +275,7 @@ def test_harmony_needs_its_tokens():
     tokenizer = byte_tokenizer()
     dialect = format_dialect(FORMATS["harmony"], tokenizer, tokenizer.get_vocab_size())
     with pytest.raises(ValueError, match=r"no token <\|start\|>, which calls in harmony need"):
-        dialect.grammar(FUNCTIONS, "auto", parallel=True)
+        dialect.grammar(AnswerRules(FUNCTIONS, "auto", True))
 
 
 # ---- costs ---------------------------------------------------------------------------------------
@@ -291,7 +292,7 @@ def checker(model):
 def test_two_hundred_tools_compile_in_bounded_time(model, checker, name):
     functions = [Declared(f"tool_{i}", {"type": "object", "properties": {f"a{i}": TEXT}}) for i in range(200)]
     begun = time.process_time()
-    grammar = model.dialects[name].grammar(functions, "auto", parallel=True)
+    grammar = model.dialects[name].grammar(AnswerRules(functions, "auto", True))
     checker.check(model.compiler.source(grammar))
     assert time.process_time() - begun < 5
     text = WRITERS[name]([("tool_150", {"a150": "x"})], plain)
@@ -325,7 +326,7 @@ def test_a_schema_bomb_compiles_in_bounded_time_or_is_refused(model, checker, na
         function = Declared("bomb", BOMBS[bomb], strict)
         begun = time.process_time()
         try:
-            grammar = model.dialects[name].grammar([function], "auto", parallel=True)
+            grammar = model.dialects[name].grammar(AnswerRules([function], "auto", True))
             checker.check(model.compiler.source(grammar))
         except ValueError as error:
             assert "\n" not in str(error)

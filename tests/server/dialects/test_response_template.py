@@ -8,6 +8,7 @@ from support.server.call_texts import MARKERS, WRITERS, plain
 from jmoe.server.dialects.events import Arguments, CallEnd, CallStart, PlainText
 from jmoe.server.dialects.formats import FORMATS
 from jmoe.server.dialects.response_template import ResponseTemplate, written
+from jmoe.server.dialects.rules import AnswerRules
 from jmoe.server.dialects.template_dialect import TemplateDialect
 
 CALLS = [("look", {"city": 'a "b" <c>', "days": 3}), ("now", {})]
@@ -71,7 +72,7 @@ def test_an_answer_is_read_whole(name):
 def test_markers_that_are_tokens_reach_the_template(name):
     tokens = {marker: 300 + i for i, marker in enumerate(MARKERS)}
     made = TemplateDialect(ResponseTemplate(template(FIELDS[name])), tokens)
-    assert made.grammar([], "auto", parallel=True) is None and made.marks
+    assert made.grammar(AnswerRules([], "auto", True)) is None and made.marks
     marks = {marker: made.marks.get(id, marker) for marker, id in tokens.items()}
     reader = made.reader("auto", [])
     events = reader.feed(WRITERS[name](CALLS, marks.__getitem__)) + reader.close()

@@ -15,6 +15,7 @@ from jmoe.server.dialects.formats import FORMATS
 from jmoe.server.dialects.grammars.schemas import Followed, slim
 from jmoe.server.dialects.json_call import JsonCall
 from jmoe.server.dialects.reading.declared import kind_of, type_of, types_of
+from jmoe.server.dialects.rules import AnswerRules
 
 TOKENIZER = byte_tokenizer()
 SIZE = TOKENIZER.get_vocab_size()
@@ -52,7 +53,7 @@ def test_what_says_nothing_about_validity_is_left_out():
 
 def test_a_long_description_costs_no_grammar():
     long = Declared("f", {"type": "object", "properties": {}, "description": "x" * 70_000})
-    assert len(dialect("hermes").grammar([long], "auto", parallel=True).text) < 1000
+    assert len(dialect("hermes").grammar(AnswerRules([long], "auto", True)).text) < 1000
 
 
 @pytest.mark.parametrize("name", ["hermes", "qwen_xml", "pythonic", "llama_json"])
@@ -61,13 +62,13 @@ def test_a_keyword_that_is_not_implemented(compiler, caplog, name):
     lenient, strict = Declared("f", UNIQUE), Declared("f", UNIQUE, True)
     made = dialect(name)
     with caplog.at_level(logging.INFO):
-        grammars = [made.grammar([lenient], "required", parallel=False) for _ in range(2)]
+        grammars = [made.grammar(AnswerRules([lenient], "required", False)) for _ in range(2)]
     assert [r.message for r in caplog.records] == [
         "uniqueItems in tools is not followed unless strict is true"
     ]
     assert allows(compiler, grammars[0], WRITERS[name]([("f", {"a": [1, 1]})], plain))
     assert not allows(compiler, grammars[0], WRITERS[name]([("f", {"a": ["x"]})], plain))
-    refused = made.grammar([strict], "required", parallel=False)
+    refused = made.grammar(AnswerRules([strict], "required", False))
     with pytest.raises(ValueError, match="uniqueItems"):
         compiler.compile(refused)
     with pytest.raises(ValueError, match=r"the parameters of 'f': .*uniqueItems"):
@@ -79,7 +80,7 @@ def test_a_schema_that_does_not_compile_becomes_any_object(compiler, name):
     made, functions = dialect(name), [Declared("bad", WRONG), Declared("now", None)]
 
     def make(names):
-        return made.grammar(functions, "required", parallel=True, open_names=names)
+        return made.grammar(AnswerRules(functions, "required", True, names))
 
     with pytest.raises(ValueError, match="Invalid type: arr"):
         compiler.compile(make(()))
@@ -114,18 +115,18 @@ def test_what_a_tagged_format_cannot_follow_is_refused_if_it_is_strict():
         ({"properties": {}, "minProperties": 2}, "cannot follow minProperties of all arguments"),
     )
     for schema, message in cases:
-        dialect("qwen_xml").grammar([Declared("f", schema)], "auto", parallel=True)
+        dialect("qwen_xml").grammar(AnswerRules([Declared("f", schema)], "auto", True))
         with pytest.raises(ValueError, match=f"'f' is strict, but .*{message}"):
-            dialect("qwen_xml").grammar([Declared("f", schema, True)], "auto", parallel=True)
+            dialect("qwen_xml").grammar(AnswerRules([Declared("f", schema, True)], "auto", True))
 
 
 @pytest.mark.parametrize("name", ["qwen_xml", "glm", "pythonic", "hermes"])
 def test_arguments_of_any_names(compiler, name):
     for schema in ({}, {"type": "object"}, {"additionalProperties": True}):
-        grammar = dialect(name).grammar([Declared("f", schema)], "required", parallel=True)
+        grammar = dialect(name).grammar(AnswerRules([Declared("f", schema)], "required", True))
         for given in ({}, {"x": 1, "y": "a"}):
             assert allows(compiler, grammar, WRITERS[name]([("f", given)], plain))
-    closed = dialect(name).grammar([Declared("f", None)], "required", parallel=True)
+    closed = dialect(name).grammar(AnswerRules([Declared("f", None)], "required", True))
     assert not allows(compiler, closed, WRITERS[name]([("f", {"x": 1})], plain))
 
 
@@ -159,9 +160,9 @@ def test_the_declared_types_decide_what_a_text_is(schema, kind):
 
 def test_calls_of_models_without_a_format(compiler):
     made, functions = JsonCall(), [Declared("look", UNIQUE), Declared("now", None)]
-    required = made.grammar(functions, "required", parallel=True)
+    required = made.grammar(AnswerRules(functions, "required", True))
     assert allows(compiler, required, '{"name": "look", "arguments": {"a": [1]}}')
     assert not allows(compiler, required, '{"name": "now", "arguments": {"a": [1]}}')
-    named = made.grammar(functions[:1], "named", parallel=True)
+    named = made.grammar(AnswerRules(functions[:1], "named", True))
     assert allows(compiler, named, json.dumps({"a": [1]})) and "auto" not in made.choices
     assert made.marks == {} and len(made.new_id("look", 3)) == 9
