@@ -110,7 +110,7 @@ schemathesis() {
   [ -z "$light" ] || seconds=30
   run schemathesis "schemathesis==4.32.5" bash -c "set -o pipefail; '$env/bin/schemathesis' run \
     '$BASE/openapi.json' --url $BASE --include-path-regex '^/(v1/|tokenize|detokenize)' \
-    --phases examples,coverage,fuzzing -n 60 --max-time $seconds --seed 1 --checks $checks --no-color |
+    --phases examples,coverage,fuzzing -n 60 --max-time $seconds --request-timeout 120 --seed 1 --checks $checks --no-color |
     tee '$dir/schemathesis.txt' && grep ' generated, ' '$dir/schemathesis.txt'"
 }
 
