@@ -67,7 +67,7 @@ def answers(of: Engine) -> list[list[int]]:
     ("name", "kind"),
     [
         ("fp8", "sinks and windows"),
-        ("int8", "latent"),
+        pytest.param("int8", "latent", marks=pytest.mark.matrix),
         pytest.param("int8", "plain", marks=pytest.mark.matrix),
         pytest.param("fp8", "plain", marks=pytest.mark.matrix),
     ],

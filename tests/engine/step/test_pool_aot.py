@@ -6,7 +6,7 @@ from support.aot import gpu as gpu_aot
 from support.aot import pool as pool_aot
 from support.aot.pool_cases import DECODE, Found, Pool, check
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.matrix]
 needs_gpu_compiler = pytest.mark.skipif(gpu_aot.missing() is not None, reason=str(gpu_aot.missing()))
 needs_tpu_compiler = pytest.mark.skipif(tpu_aot.why_not() is not None, reason=str(tpu_aot.why_not()))
 PAGES, ONE = 1 << 16, (1, 1, 1)
