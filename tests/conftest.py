@@ -7,6 +7,7 @@ They are in JMOE_CACHE_DIR if it is set, otherwise in a folder that is removed a
 (scripts/acceptance.sh) compile in the same way as users.
 """
 
+import gc
 import logging
 import os
 import shutil
@@ -46,6 +47,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# The objects of jax, of all tests and of compiled programs are millions and stay: a collection of all of them
+# takes half a second. So it is done seldom, and leaves out those that were there before the first test.
+gc.set_threshold(10_000, 20, 20)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+
 
 # Every run draws the same examples, and neither an example nor its drawing has a time limit, because a busy
 # machine is no fault.
