@@ -1,6 +1,7 @@
 """Constraints of answers for tests: pseudo-random sets of tokens, refusals at known places, masks at each."""
 
 import zlib
+from abc import ABC, abstractmethod
 
 import numpy as np
 
@@ -38,7 +39,7 @@ class Counted:
         self.constraint.accept(token_id)
 
 
-class Sets:
+class Sets(ABC):
     """Each set of allowed tokens follows from the tokens before it. A subclass says which (``_set``).
 
     vocab_size: size of the vocabulary.
@@ -50,8 +51,9 @@ class Sets:
         self.vocab_size, self.taken = vocab_size, []
         self._bits = self._set()
 
+    @abstractmethod
     def _set(self) -> np.ndarray:
-        raise NotImplementedError
+        """Returns which tokens may come next, bool ``[V]``."""
 
     def allowed(self) -> np.ndarray:
         padded = np.zeros(-(-self.vocab_size // 32) * 32, bool)

@@ -31,9 +31,9 @@ class Format:
     name: its name for ``--tool-format``.
     opens: text before a function's name.
     named: text between the name and the arguments.
-    closes: text behind the arguments.
+    closes: text after the arguments.
     begin: text before the first call.
-    end: text behind the last call.
+    end: text after the last call.
     between: text between two calls. Without ``begin`` and ``is_at_start``, text may also be there.
     arguments: form of the arguments: a JSON object, keyword arguments of Python, or tags around each.
     is_numbered: whether ":N" follows the name, where N counts the calls of the conversation.

@@ -17,7 +17,7 @@ class FormatReader:
     """Reads one answer (``events.Reader``).
 
     Arguments are given as they come, except Python's and values between tags that are no pure text. White
-    space before a call and behind the last one belongs to nobody if no text is next to it. A call that the
+    space before a call and after the last one belongs to nobody if no text is next to it. A call that the
     answer's end cuts keeps what was read of it and has no ``CallEnd``; before its name is whole there is no
     call. Private characters of the format's markers never get into the text.
     """
@@ -27,7 +27,7 @@ class FormatReader:
         self.types = {function.name: argument_types(function.parameters) for function in functions}
         self.source, self.events = Scanner(), list[Event]()
         self.marks = dict.fromkeys(map(ord, MARKS.findall("".join(form.texts))))
-        self.spaces: list[str] = []  # white space behind a call or the begin, which may belong to nobody
+        self.spaces: list[str] = []  # white space after a call or the begin, which may belong to nobody
         self.is_fresh, self.has_called = True, False
         self.steps = self._answer()
 
@@ -94,7 +94,7 @@ class FormatReader:
     # ---- calls -----------------------------------------------------------------------------------
 
     def _calls(self) -> Waiting[None]:
-        """Reads from behind the first call's opening up to the end of the calls."""
+        """Reads from the end of the first call's opening up to the end of the calls."""
         form, source = self.form, self.source
         more, end = Marker(form.between + form.opens), Marker(form.end)
         followers = [marker for marker in (end, more) if marker.parts]

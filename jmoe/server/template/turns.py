@@ -5,8 +5,9 @@ are not in the prompt.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from jmoe.server.dialects.format import Ids
 from jmoe.server.template.probe import (
     ANSWER,
     ID,
@@ -22,8 +23,6 @@ from jmoe.server.template.probe import (
     turn,
 )
 
-# What the ids of calls look like in a prompt: any text; exactly nine letters and digits; "functions.NAME:N".
-Ids = Literal["any", "nine", "functions"]
 CALLED = "jmoe_called"  # a function that no definition names
 LONG_ID = "call_" + "0123456789abcdef" * 2
 

@@ -4,6 +4,8 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
+from msgspec import UNSET, UnsetType
+
 from jmoe.server.answer.responses.custom_input import InputReader
 from jmoe.server.answer.responses.replies import (
     CustomCallItem,
@@ -120,27 +122,36 @@ class ThoughtsWriter(_Place):
             yield self._event("reasoning_summary_part.done", summary_index=0, part=SummaryText(text))
 
 
-class CallWriter(_Place):
-    prefix = "fc"
+class _CallPlace(_Place):
+    """The place of a call. Its item has no part that begins.
+
+    name: name that the client knows.
+    """
 
     def __init__(self, section: Section, index: int, name: ToolName):
         super().__init__(section, index)
         self.name = name
 
+    @property
+    def namespace(self) -> str | UnsetType:
+        return UNSET if self.name.namespace is None else self.name.namespace
+
+    def opened(self) -> Iterator[ResponseEvent]:
+        yield from ()
+
+
+class CallWriter(_CallPlace):
+    prefix = "fc"
+
     def item(self, status: ItemStatus) -> Item:
-        item = FunctionCallItem(
+        return FunctionCallItem(
             id=self.id,
             status=status,
             call_id=self.section.id,
             name=self.name.name,
+            namespace=self.namespace,
             arguments="" if status == "in_progress" else self.section.text,
         )
-        if self.name.namespace is not None:
-            item.namespace = self.name.namespace
-        return item
-
-    def opened(self) -> Iterator[ResponseEvent]:
-        yield from ()
 
     def grown(self, text: str) -> Iterator[ResponseEvent]:
         yield self._event("function_call_arguments.delta", delta=text)
@@ -149,28 +160,23 @@ class CallWriter(_Place):
         yield self._event("function_call_arguments.done", name=self.name.name, arguments=self.section.text)
 
 
-class CustomWriter(_Place):
+class CustomWriter(_CallPlace):
     prefix = "ctc"
 
     def __init__(self, section: Section, index: int, name: ToolName):
-        super().__init__(section, index)
-        self.name, self.reader = name, InputReader()
+        super().__init__(section, index, name)
+        self.reader = InputReader()
         self.pieces: list[str] = []
 
     def item(self, status: ItemStatus) -> Item:
-        item = CustomCallItem(
+        return CustomCallItem(
             id=self.id,
             status=status,
             call_id=self.section.id,
             name=self.name.name,
+            namespace=self.namespace,
             input="" if status == "in_progress" else "".join(self.pieces),
         )
-        if self.name.namespace is not None:
-            item.namespace = self.name.namespace
-        return item
-
-    def opened(self) -> Iterator[ResponseEvent]:
-        yield from ()
 
     def grown(self, text: str) -> Iterator[ResponseEvent]:
         piece = self.reader.feed(text)

@@ -1,7 +1,7 @@
 """The grammar of an answer that may call functions, in any format.
 
 It holds a whole answer: free text up to the format's trigger, then a call whose arguments obey their schema,
-any number of times. Thoughts are no part of it: the engine follows it behind them.
+any number of times. Thoughts are no part of it: the engine follows it after them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ def calls_grammar(
         start = f"(head body){'*' if is_many else '?'} rest"
         trigger = lark.until_trigger(form.trigger)
         lines += f"head: {trigger} {lark.literal(opening[len(form.trigger) :])}\n"
-        # Behind the only call nothing else finds a trigger that is text.
+        # After the only call nothing else finds a trigger that is text.
         lines += f"rest: REST\nREST: /{ANY}/{'' if is_many else lark.without(form.trigger)}\n"
     for i, parameters in enumerate(functions):
         lines += call_rules(form, i, parameters, lark)

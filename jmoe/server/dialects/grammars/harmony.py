@@ -1,6 +1,6 @@
 """The grammar of gpt-oss' answers: messages in channels, of which the last is a call or the final text.
 
-Unlike others it holds the thoughts too, because a message's channel is known only behind its marker.
+Unlike others it holds the thoughts too, because a message's channel is known only after its marker.
 """
 
 import json

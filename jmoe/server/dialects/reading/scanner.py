@@ -60,7 +60,7 @@ def literal_pattern(text: str) -> str:
 
 
 def skip_spaces(text: str, at: int) -> int:
-    """Returns the index behind the white space at ``at``, of which a marker holds no more than a bound."""
+    """Returns the index after the white space at ``at``, of which a marker holds no more than a bound."""
     last = min(len(text), at + MAX_SPACES)
     while at < last and text[at] in SPACES:
         at += 1

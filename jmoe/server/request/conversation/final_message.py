@@ -25,7 +25,7 @@ def check_final_message(body: ChatRequest) -> None:
 
 
 def tagged(messages: Messages) -> tuple[Messages, str]:
-    """Returns the messages with a tag behind the last one's text, and that text."""
+    """Returns the messages with a tag after the last one's text, and that text."""
     last = messages[-1]
     content = last.get("content") or ""
     if isinstance(content, list):
@@ -41,7 +41,7 @@ def cut(rendered: str, text: str) -> str:
 
     A template that trims the ends of a message trims the text here too: the model has seen it so.
     """
-    before, found, behind = rendered.rpartition(TAG[0])
+    before, found, after = rendered.rpartition(TAG[0])
     if not found or not before.endswith((text, text.lstrip())):
         raise ValueError(REWRITES)
-    return before if behind.startswith(TAG[1:]) else before.rstrip()
+    return before if after.startswith(TAG[1:]) else before.rstrip()

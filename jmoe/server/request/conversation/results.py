@@ -38,7 +38,7 @@ def _turn(messages: Sequence[Message], turn: int, following: range) -> list[int]
     """Returns the messages between a turn with calls and the next turn: the results first.
 
     turn: index of the message with the calls.
-    following: indices of the messages behind it.
+    following: indices of the messages after it.
     """
     ids = [call.id for call in messages[turn].tool_calls or ()]
     twice = next((id for i, id in enumerate(ids) if id in ids[:i]), None)

@@ -6,8 +6,9 @@ import string
 from collections.abc import Callable
 from typing import Any
 
+from jmoe.server.dialects.format import Ids
 from jmoe.server.template.probe import Messages
-from jmoe.server.template.turns import Ids, Turns
+from jmoe.server.template.turns import Turns
 
 ALPHABET = string.digits + string.ascii_letters
 NINE = re.compile(r"[0-9A-Za-z]{9}")
