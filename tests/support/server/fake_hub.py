@@ -3,12 +3,13 @@
 import hashlib
 import http.server
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from support.server.loopback import answering
 
 COMMIT = "a" * 40
 CUT_ABOVE = 100_000  # bytes: smaller files are always sent whole
@@ -53,15 +54,8 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
         pass
 
     Handler.hub = hub
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        hub.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield hub
-        finally:
-            server.shutdown()
-            thread.join()
+    with answering(Handler) as hub.url:
+        yield hub
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from support.server.loopback import answering
+
 NAME = "scripted"
 
 
@@ -37,16 +39,8 @@ def serving(script: Scripted) -> Iterator[Scripted]:
         pass
 
     Handler.script = script
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        script.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        try:
-            yield script
-        finally:
-            server.shutdown()
-            thread.join()
+    with answering(Handler) as script.url:
+        yield script
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
